@@ -1,0 +1,34 @@
+"""Correspondence-aware transforms for dense self-supervised learning: plan geometry, render, ask what matches."""
+
+from .geometry import boxes, grids, regions
+from .geometry.adopt import from_ffcv_ssl, from_kornia, from_lightly, from_torchvision
+from .geometry.affine import AxisAffine
+from .geometry.ids import sample_id, sample_ids
+from .geometry.pairs import Overlap, correspond, matched_boxes, overlap, overlap_grid
+from .geometry.plan import Plan, plan_views
+from .geometry.rng import Key
+from .geometry.views import ViewSpec
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AxisAffine",
+    "Key",
+    "Overlap",
+    "Plan",
+    "ViewSpec",
+    "boxes",
+    "correspond",
+    "from_ffcv_ssl",
+    "from_kornia",
+    "from_lightly",
+    "from_torchvision",
+    "grids",
+    "matched_boxes",
+    "overlap",
+    "overlap_grid",
+    "plan_views",
+    "regions",
+    "sample_id",
+    "sample_ids",
+]

@@ -1,0 +1,1 @@
+"""Where each point, box and region of one view lies in another."""

@@ -1,0 +1,103 @@
+"""Records of other libraries as view_from_source maps, for those who want the pair algebra alone.
+
+Each function is named for the library whose convention it undoes; from there on there is one convention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from . import checks
+from .affine import AxisAffine
+
+
+class LightlyLocation(Protocol):
+    """The fields of lightly's `Location` that say where a crop lies."""
+
+    i: float
+    j: float
+    h: float
+    w: float
+    H: float
+    W: float
+    flip: bool
+
+
+def from_torchvision(
+    i: Tensor | float,
+    j: Tensor | float,
+    h: Tensor | float,
+    w: Tensor | float,
+    flip: Tensor | bool,
+    source_size: Sequence[int] | Tensor,
+) -> AxisAffine:
+    """The map of `RandomResizedCrop.get_params` (top, left, height, width) and a flip after it.
+
+    Numbers, or tensors [*batch]; source_size (height, width) or [*batch, 2].
+
+    >>> a = from_torchvision(20, 10, 50, 100, True, (80, 200))
+    >>> a(torch.tensor([[35 / 200, 30 / 80]])) * 224
+    tensor([[168.0000,  44.8000]])
+    """
+    where = "from_torchvision"
+    sides = torch.as_tensor(source_size, dtype=torch.float32)
+    checks.require(sides.shape[-1:] == (2,), where, "source_size", "(height, width)", checks.shape_of(sides))
+    device = sides.device
+    top, left, height, width = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (i, j, h, w))
+    if checks.values_visible(sides):
+        ok = bool((height > 0).all()) and bool((width > 0).all()) and bool((sides > 0).all())
+        checks.require(ok, where, "h, w and source_size", "positive", "others")
+    box = torch.stack(torch.broadcast_tensors(left, top, left + width, top + height), dim=-1)
+    crop = AxisAffine.sending(box / sides.flip(-1).repeat(*(1,) * (sides.ndim - 1), 2))
+    mask = torch.as_tensor(flip, dtype=torch.bool, device=device)
+    return AxisAffine.flip_x(mask.expand(crop.batch_shape)) @ crop
+
+
+def from_kornia(
+    matrix: Float[Tensor, "*batch 3 3"], source_size: Sequence[int], view_size: Sequence[int]
+) -> AxisAffine:
+    """The map of a kornia `transform_matrix`, which maps pixel centres, counted 0 to W - 1, to pixel centres.
+
+    Adding half a pixel on both sides gives edges. A matrix that rotates, shears or projects is refused.
+
+    >>> flip = torch.tensor([[-1.0, 0.0, 9.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> from_kornia(flip, (5, 10), (5, 10)).shift
+    tensor([1., 0.])
+    """
+    where = "from_kornia"
+    ok = isinstance(matrix, Tensor) and matrix.is_floating_point() and matrix.shape[-2:] == (3, 3)
+    checks.require(ok, where, "matrix", "floating [*batch, 3, 3]", checks.shape_of(matrix))
+    (h, w), (h_view, w_view) = (checks.pair_of_sizes(s, where, "a size") for s in (source_size, view_size))
+    if checks.values_visible(matrix):
+        diagonal = matrix.new_tensor([[0, 1, 0], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
+        axis_aligned = bool((matrix[..., diagonal].abs() < 1e-4).all()) and bool((matrix[..., 2, 2] - 1 < 1e-4).all())
+        checks.require(axis_aligned, where, "matrix", "axis-aligned (no rotation, shear or perspective)", "another")
+    scale = torch.diagonal(matrix, dim1=-2, dim2=-1)[..., :2]
+    shift = matrix[..., :2, 2] + 0.5 - 0.5 * scale  # y + 0.5 = scale * (x + 0.5) + shift
+    source, view = matrix.new_tensor((w, h)), matrix.new_tensor((w_view, h_view))
+    return AxisAffine(scale * source / view, shift / view)
+
+
+def from_lightly(location: LightlyLocation | Sequence[LightlyLocation]) -> AxisAffine:
+    """The maps [B] of lightly `Location` records: i, j, h, w are top, left, height, width; H, W the source's."""
+    records = location if isinstance(location, Sequence) else [location]
+    table = torch.tensor([[r.i, r.j, r.h, r.w, r.H, r.W] for r in records], dtype=torch.float32).reshape(-1, 6)
+    flips = torch.tensor([bool(r.flip) for r in records])
+    i, j, h, w = table[:, :4].unbind(-1)
+    return from_torchvision(i, j, h, w, flips.to(torch.bool), table[:, 4:])
+
+
+def from_ffcv_ssl(row: Num[Tensor, "*batch 6"], flip: Tensor | bool = False) -> AxisAffine:
+    """The maps of FFCV-SSL's crop records (source width, source height, top, left, height, width), and a flip if known.
+
+    >>> from_ffcv_ssl(torch.tensor([200, 80, 20, 10, 50, 100])).scale
+    tensor([2.0000, 1.6000])
+    """
+    checks.require(row.shape[-1:] == (6,), "from_ffcv_ssl", "row", "[*batch, 6]", checks.shape_of(row))
+    width, height, i, j, h, w = row.to(torch.float32).unbind(-1)
+    return from_torchvision(i, j, h, w, flip, torch.stack((height, width), dim=-1))

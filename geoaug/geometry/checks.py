@@ -1,0 +1,92 @@
+"""What every public function of the geometry says about bad input, in one voice."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def require(ok: bool, where: str, argument: str, expected: str, got: object) -> None:
+    """Raise `where: argument must be expected, got got` unless ok."""
+    if not ok:
+        raise ValueError(f"{where}: {argument} must be {expected}, got {got}")
+
+
+def shape_of(x: Any) -> str:
+    """What came, for an error: `float32 [4, 2]` for a tensor, else its repr."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+    return repr(x) if len(repr(x)) < 80 else type(x).__name__
+
+
+def values_visible(x: Tensor) -> bool:
+    """Whether looking at values is free of a device synchronisation, or asked for by GEOAUG_CHECK=1."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("GEOAUG_CHECK") == "1"
+
+
+def floats(x: Any, last: int, where: str, argument: str, expected: str) -> Tensor:
+    """Check a floating tensor whose last axis has `last` entries and whose values are finite."""
+    ok = isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 1 and x.shape[-1] == last
+    require(ok, where, argument, expected, shape_of(x))
+    if values_visible(x):
+        finite = bool(torch.isfinite(x).all())
+        require(finite, where, argument, "finite", "NaN or infinite values")
+    tensor: Tensor = x
+    return tensor
+
+
+def xyxy(x: Any, where: str, argument: str) -> Tensor:
+    """Check boxes [..., 4]: floating, finite, x0 <= x1 and y0 <= y1."""
+    boxes = floats(x, 4, where, argument, "floating boxes [..., 4] (x0, y0, x1, y1)")
+    if values_visible(boxes):
+        ordered = bool((boxes[..., 2:] >= boxes[..., :2]).all())
+        require(ordered, where, argument, "boxes with x0 <= x1 and y0 <= y1", "reversed boxes")
+    return boxes
+
+
+def index(x: Any, low: int, high: int, where: str, argument: str) -> int:
+    """Check one whole number in [low, high]."""
+    try:
+        number = operator.index(x)
+    except TypeError:
+        raise TypeError(f"{where}: {argument} must be an integer, got {shape_of(x)}") from None
+    expected = f"in [{low}, {high}]" if high < 2**31 else f"at least {low} and under 2^{high.bit_length()}"
+    require(low <= number <= high and not isinstance(x, bool), where, argument, f"an integer {expected}", x)
+    return number
+
+
+def pair_of_sizes(x: Any, where: str, argument: str) -> tuple[int, int]:
+    """Check (height, width), or one side for a square; both at least 1."""
+    sides = x if isinstance(x, Sequence) and not isinstance(x, str) else (x, x)
+    require(len(sides) == 2, where, argument, "one side or (height, width)", x)
+    height, width = (index(side, 1, 2**24, where, argument) for side in sides)
+    return height, width
+
+
+def interval(x: Any, low: float, high: float, where: str, argument: str) -> tuple[float, float]:
+    """Check an ordered pair of numbers with low <= first <= second <= high and low < second."""
+    require(isinstance(x, Sequence) and len(x) == 2, where, argument, "a pair (low, high)", x)
+    first, second = float(x[0]), float(x[1])
+    ok = math.isfinite(first) and math.isfinite(second) and low <= first <= second <= high and low < second
+    require(ok, where, argument, f"(low, high) with {low:g} <= low <= high <= {high:g}", tuple(x))
+    return first, second
+
+
+def int64(x: Any, where: str, argument: str) -> Tensor:
+    """Check whole numbers (tensor, array or list) and give them as an int64 tensor."""
+    tensor: Tensor = x if isinstance(x, Tensor) else torch.as_tensor(x)
+    if tensor.numel() == 0 and not isinstance(x, Tensor) and not hasattr(x, "dtype"):
+        return tensor.to(torch.int64)  # an empty list says nothing of its type
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{where}: {argument} must be integers, got {shape_of(tensor)}")
+    if tensor.dtype == torch.uint64:
+        raise TypeError(f"{where}: {argument} must fit int64, got {shape_of(tensor)}")
+    return tensor.to(torch.int64)
