@@ -7,6 +7,8 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
+from . import checker  # noqa: F401  the hook below looks it up by name
+
 os.environ["GEOAUG_CHECK"] = "1"
 
 _ROOT = Path(__file__).resolve().parent.parent / "geoaug"
@@ -25,7 +27,7 @@ def _checked_modules() -> list[str]:
     return [name for name in modules if not any(kernel.startswith(name + ".") for kernel in kernels)]
 
 
-jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
+jaxtyping.install_import_hook(_checked_modules(), "tests.checker.checked")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Each function is named for the library whose convention it undoes; from there on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Num
@@ -16,6 +16,7 @@ from . import checks
 from .affine import AxisAffine
 
 
+@runtime_checkable
 class LightlyLocation(Protocol):
     """The fields of lightly's `Location` that say where a crop lies."""
 

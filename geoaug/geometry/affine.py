@@ -62,7 +62,7 @@ class AxisAffine:
         """x -> 1 - x where mask [*batch] is true, the identity elsewhere."""
         ok = isinstance(mask, Tensor) and mask.dtype == torch.bool
         checks.require(ok, "AxisAffine.flip_x", "mask", "a bool tensor [*batch]", checks.shape_of(mask))
-        one = torch.ones(*mask.shape, device=mask.device)
+        one = torch.ones(mask.shape, device=mask.device)
         scale = torch.stack((torch.where(mask, -one, one), one), dim=-1)
         return cls(scale, torch.stack((mask.to(one.dtype), torch.zeros_like(one)), dim=-1))
 

@@ -8,8 +8,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Numbers = Tensor | npt.NDArray[np.generic] | Sequence[Any]  # what users bring: a tensor, an array, nested lists
 
 
 def require(ok: bool, where: str, argument: str, expected: str, got: object) -> None:

@@ -128,9 +128,7 @@ class Plan:
         )
 
 
-def plan_views(
-    specs: Sequence[ViewSpec], sizes: npt.ArrayLike | Tensor, ids: npt.ArrayLike | Tensor, *, seed: int, epoch: int
-) -> Plan:
+def plan_views(specs: Sequence[ViewSpec], sizes: checks.Numbers, ids: checks.Numbers, *, seed: int, epoch: int) -> Plan:
     """Draw the views of N images of sizes int [N, 2] (height, width), purely from specs, size, id, seed and epoch.
 
     View v draws under the stream "plan/<v>", so a row is the same in every batch, order, rank and worker. Drawn by one

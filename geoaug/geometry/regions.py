@@ -79,10 +79,10 @@ def lookup(
     """
     points = checks.floats(points_in_source, 2, "lookup", "points_in_source", "floating points [B, ..., 2]")
     _check_label_map(label_map, len(points), "lookup")
-    batch, height, width = label_map.shape
+    height, width = label_map.shape[1:]
     column, row = _axis_region(points[..., 0], width), _axis_region(points[..., 1], height)
     inside = (column >= 0) & (row >= 0)
-    flat = torch.where(inside, row * width + column, 0).reshape(batch, -1)
+    flat = torch.where(inside, row * width + column, 0).flatten(1)
     return torch.where(inside, label_map.flatten(1).gather(1, flat).reshape(inside.shape), -1)
 
 
@@ -100,7 +100,7 @@ def draw_points(
     *,
     key: Key,
     cells: tuple[int, int] = (56, 56),
-) -> tuple[Float[Tensor, "B slots*points 2"], Int64[Tensor, "B slots*points"], Bool[Tensor, "B slots"]]:
+) -> tuple[Float[Tensor, "B {slots*points} 2"], Int64[Tensor, "B {slots*points}"], Bool[Tensor, "B slots"]]:
     """Regions drawn into slots with repetition, and points drawn inside each as the view a sees it.
 
     `regions` is n for an n x n grid, boxes [B, K, 4] in source units (ids are their slots; without area: absent), or an

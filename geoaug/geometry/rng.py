@@ -24,7 +24,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
-def philox_numpy(counter: npt.ArrayLike, key: npt.ArrayLike) -> npt.NDArray[np.uint32]:
+def philox_numpy(counter: checks.Numbers, key: checks.Numbers) -> npt.NDArray[np.uint32]:
     """Philox4x32-10 of counters [..., 4] under keys [..., 2], as uint32 [..., 4].
 
     >>> [hex(word) for word in philox_numpy([0, 0, 0, 0], [0, 0])]
@@ -59,6 +59,13 @@ def philox_torch(
     return w0, w1, w2, w3
 
 
+def words_torch(ids: Tensor, tag: int, start: int, blocks: int, seed: int, epoch: int) -> Tensor:
+    """The 4 * blocks words [B, 4 * blocks] of the stream `tag` of each id from block `start` on, on the ids' device."""
+    block = torch.arange(start, start + blocks, device=ids.device)
+    low, high = (ids & _LOW)[:, None], ((ids >> 32) & _LOW)[:, None]
+    return torch.stack(philox_torch(low, high, tag, block, seed, epoch), dim=-1).flatten(1)
+
+
 def unit(words: Tensor) -> Tensor:
     """float32 in [0, 1) from the top 24 bits of int64 tensors holding 32-bit words."""
     return (words >> 8).to(torch.float32) * 2.0**-24
@@ -89,7 +96,7 @@ class Key:
     ids: Int64[Tensor, " B"]
     path: tuple[str, ...] = field(default=())
 
-    def __init__(self, seed: int, epoch: int, ids: Tensor | npt.ArrayLike, path: Sequence[str] = ()) -> None:
+    def __init__(self, seed: int, epoch: int, ids: checks.Numbers, path: Sequence[str] = ()) -> None:
         ids = checks.int64(ids, "Key", "ids")
         checks.require(ids.ndim == 1, "Key", "ids", "one axis [B]", checks.shape_of(ids))
         object.__setattr__(self, "seed", checks.index(seed, 0, _LOW, "Key", "seed"))
@@ -130,10 +137,7 @@ class Key:
             out = np.empty((len(self), 4 * blocks), dtype=np.uint32)
             kernels.fill_words(self.ids.numpy(), tag, self.seed, self.epoch, start, out)
             return torch.from_numpy(out.astype(np.int64))
-        block = torch.arange(start, start + blocks, device=self.ids.device)
-        low, high = (self.ids & _LOW)[:, None], ((self.ids >> 32) & _LOW)[:, None]
-        words = philox_torch(low, high, tag, block, self.seed, self.epoch)
-        return torch.stack(words, dim=-1).flatten(1)
+        return words_torch(self.ids, tag, start, blocks, self.seed, self.epoch)
 
     def uniform(self, stream: str, n: int) -> Float32[Tensor, "B n"]:
         """n numbers in [0, 1) per sample, on the device of the ids; the first of n + 1 are those of n.
