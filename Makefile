@@ -28,7 +28,7 @@ test: lint types
 	$(BIN)/python -m pytest
 
 bench: $(READY)
-	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf "$(VENV)" runs/demo

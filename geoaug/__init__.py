@@ -1,5 +1,6 @@
 """Correspondence-aware transforms for dense self-supervised learning: plan geometry, render, ask what matches."""
 
+from . import testing
 from .geometry import boxes, grids, regions
 from .geometry.adopt import from_ffcv_ssl, from_kornia, from_lightly, from_torchvision
 from .geometry.affine import AxisAffine
@@ -31,4 +32,5 @@ __all__ = [
     "regions",
     "sample_id",
     "sample_ids",
+    "testing",
 ]

@@ -34,14 +34,25 @@ def test_ffcv_ssl_records():
     same(from_ffcv_ssl(row[0], bool(FLIP[0])), OURS[0])
 
 
+def lightly_location(i, **flips):
+    x0, y0, x1, y1 = PLAN.crop[i, 0].tolist()
+    height, width = PLAN.source_size[i].tolist()
+    sides = {"top": y0, "left": x0, "height": y1 - y0, "width": x1 - x0, "image_height": height, "image_width": width}
+    return SimpleNamespace(**sides, **flips)
+
+
 def test_lightly_records():
-    records = []
-    for i, (height, width) in enumerate(PLAN.source_size.tolist()):
-        x0, y0, x1, y1 = PLAN.crop[i, 0].tolist()
-        records.append(SimpleNamespace(i=y0, j=x0, h=y1 - y0, w=x1 - x0, H=height, W=width, flip=bool(FLIP[i])))
+    records = [lightly_location(i, horizontal_flip=bool(FLIP[i]), vertical_flip=False) for i in range(3)]
     same(from_lightly(records), OURS)
     same(from_lightly(records[0]), OURS[:1])
     assert from_lightly([]).batch_shape == (0,)
+
+
+def test_lightly_records_mirrored_upside_down():
+    upright = from_lightly(lightly_location(0, horizontal_flip=False, vertical_flip=False))
+    mirrored = from_lightly(lightly_location(0, horizontal_flip=False, vertical_flip=True))
+    points = torch.rand(1, 5, 2)
+    assert torch.allclose(mirrored(points), upright(points) * torch.tensor([1.0, -1.0]) + torch.tensor([0.0, 1.0]))
 
 
 def test_kornia_records():

@@ -62,7 +62,7 @@ def test_pixels_there_and_back():
 def test_other_formats():
     assert boxes.from_xywh(torch.tensor([[10, 20, 30, 40]])).tolist() == [[10, 20, 40, 60]]
     assert boxes.to_xywh(torch.tensor([[10, 20, 40, 60]])).tolist() == [[10, 20, 30, 40]]
-    # Published vector 11: SoCo's store [10, 20, 30, 40] is loaded as inclusive (10, 20, 39, 59) = edges (10, 20, 40, 60).
+    # Published vector 11: SoCo's [10, 20, 30, 40] is loaded as inclusive (10, 20, 39, 59) = edges (10, 20, 40, 60).
     assert boxes.from_soco_inclusive(torch.tensor([[10, 20, 39, 59]])).tolist() == [[10, 20, 40, 60]]
 
 

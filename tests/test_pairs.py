@@ -303,5 +303,5 @@ def test_bad_input(our_errors, make, message):
 def test_bad_types(our_errors):
     with pytest.raises(TypeError, match="overlap: b must be an AxisAffine"):
         overlap(ONE, torch.ones(1, 2))
-    with pytest.raises(TypeError, match="matched_boxes: k must be an integer, got 2.5"):
+    with pytest.raises(TypeError, match=r"matched_boxes: k must be an integer, got 2\.5"):
         matched_boxes(ONE, ONE, 2.5, sizes=SIZES, key=KEY)

@@ -161,9 +161,9 @@ def test_bad_input(our_errors, make, message):
 
 
 def test_bad_types(our_errors):
-    with pytest.raises(TypeError, match="Key: seed must be an integer, got 0.5"):
+    with pytest.raises(TypeError, match=r"Key: seed must be an integer, got 0\.5"):
         Key(0.5, 0, [1])
-    with pytest.raises(TypeError, match="Key.fold: name must be a string, got 3"):
+    with pytest.raises(TypeError, match=r"Key\.fold: name must be a string, got 3"):
         Key(0, 0, [1]).fold(3)
 
 

@@ -18,15 +18,16 @@ from .affine import AxisAffine
 
 @runtime_checkable
 class LightlyLocation(Protocol):
-    """The fields of lightly's `Location` that say where a crop lies."""
+    """The fields of lightly's `Location` (1.6): a crop in source pixels and its mirrors."""
 
-    i: float
-    j: float
-    h: float
-    w: float
-    H: float
-    W: float
-    flip: bool
+    top: float
+    left: float
+    height: float
+    width: float
+    image_height: float
+    image_width: float
+    horizontal_flip: bool
+    vertical_flip: bool
 
 
 def from_torchvision(
@@ -64,7 +65,8 @@ def from_kornia(
 ) -> AxisAffine:
     """The map of a kornia `transform_matrix`, which maps pixel centres, counted 0 to W - 1, to pixel centres.
 
-    Adding half a pixel on both sides gives edges. A matrix that rotates, shears or projects is refused.
+    Adding half a pixel on both sides gives edges: this is what the matrix claims, and kornia's crops claim the corner
+    centres (`align_corners=True`). A matrix that rotates, shears or projects is refused.
 
     >>> flip = torch.tensor([[-1.0, 0.0, 9.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     >>> from_kornia(flip, (5, 10), (5, 10)).shift
@@ -85,12 +87,14 @@ def from_kornia(
 
 
 def from_lightly(location: LightlyLocation | Sequence[LightlyLocation]) -> AxisAffine:
-    """The maps [B] of lightly `Location` records: i, j, h, w are top, left, height, width; H, W the source's."""
+    """The maps [B] of lightly `Location` records; a vertical flip is a negative scale of y."""
     records = location if isinstance(location, Sequence) else [location]
-    table = torch.tensor([[r.i, r.j, r.h, r.w, r.H, r.W] for r in records], dtype=torch.float32).reshape(-1, 6)
-    flips = torch.tensor([bool(r.flip) for r in records])
-    i, j, h, w = table[:, :4].unbind(-1)
-    return from_torchvision(i, j, h, w, flips.to(torch.bool), table[:, 4:])
+    names = ("top", "left", "height", "width", "image_height", "image_width")
+    table = torch.tensor([[getattr(record, name) for name in names] for record in records], dtype=torch.float32)
+    flips = torch.tensor([[bool(r.horizontal_flip), bool(r.vertical_flip)] for r in records]).reshape(-1, 2)
+    i, j, h, w, height, width = table.reshape(-1, 6).unbind(-1)
+    crop = from_torchvision(i, j, h, w, torch.zeros(len(records), dtype=torch.bool), torch.stack((height, width), -1))
+    return AxisAffine(torch.where(flips.bool(), -1.0, 1.0), flips.float()) @ crop
 
 
 def from_ffcv_ssl(row: Num[Tensor, "*batch 6"], flip: Tensor | bool = False) -> AxisAffine:

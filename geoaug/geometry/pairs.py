@@ -92,8 +92,8 @@ def matched_boxes(
 
     The overlap is measured in whole pixels of the coarser view and must exceed min_size there on both axes. `grid` cuts
     each axis into 1 to size // min_size cells and draws inside one of them, `uniform` is the paper's eq. 1. A candidate
-    is taken if its IoU with every earlier box is under max_iou (1 takes all); after 50 the last one is kept, or the slot
-    is invalid with `on_fail="drop"`. The same boxes on a CPU (drawn lazily) and on a device (vectorised).
+    is taken if its IoU with every earlier box is under max_iou (1 takes all); after 50 the last one is kept, or the
+    slot is invalid with `on_fail="drop"`. The same boxes on a CPU (drawn lazily) and on a device (vectorised).
 
     >>> whole = AxisAffine.identity(3)
     >>> key = Key(0, 0, [1, 2, 3])
