@@ -1,6 +1,6 @@
 """Correspondence-aware transforms for dense self-supervised learning: plan geometry, render, ask what matches."""
 
-from . import testing
+from . import testing, viz
 from .geometry import boxes, grids, regions
 from .geometry.adopt import from_ffcv_ssl, from_kornia, from_lightly, from_torchvision
 from .geometry.affine import AxisAffine
@@ -9,12 +9,18 @@ from .geometry.pairs import Overlap, correspond, matched_boxes, overlap, overlap
 from .geometry.plan import Plan, plan_views
 from .geometry.rng import Key
 from .geometry.views import ViewSpec
+from .loading.batch import Batch
+from .loading.folder import LoadError
+from .loading.loader import open_loader
+from .pixels.render import render, render_batch
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AxisAffine",
+    "Batch",
     "Key",
+    "LoadError",
     "Overlap",
     "Plan",
     "ViewSpec",
@@ -26,11 +32,15 @@ __all__ = [
     "from_torchvision",
     "grids",
     "matched_boxes",
+    "open_loader",
     "overlap",
     "overlap_grid",
     "plan_views",
     "regions",
+    "render",
+    "render_batch",
     "sample_id",
     "sample_ids",
     "testing",
+    "viz",
 ]

@@ -1,0 +1,1 @@
+"""From files to batches: sources, order and shards, decoding, and the loaders."""

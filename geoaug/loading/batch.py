@@ -1,0 +1,73 @@
+"""What every loader yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from ..geometry.plan import Plan
+from ..geometry.rng import Key
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch: B samples, V views, M box slots. Rows that could not be read have ok = False.
+
+    Boxes are in unit coordinates of the source, so `batch.plan.view_from_source[:, v].boxes(batch.boxes)` is where they
+    lie in view v. Unknown labels are -1. `plan.key` is at the epoch the views were planned in, `key` at the loader's.
+    """
+
+    images: list[UInt8[Tensor, "B 3 _h _w"]]
+    plan: Plan
+    key: Key
+    ok: Bool[Tensor, " B"]
+    names: list[str]
+    boxes: Float[Tensor, "B M 4"]
+    box_valid: Bool[Tensor, "B M"]
+    box_labels: Int64[Tensor, "B M"]
+    label: Int64[Tensor, " B"]
+    label_map: Int64[Tensor, "B _mh _mw"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if hasattr(value, "to"):
+                moved[name] = value.to(device, non_blocking=non_blocking)
+        moved["images"] = [image.to(device, non_blocking=non_blocking) for image in self.images]
+        return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch with its pixels in page-locked memory (called by torch's DataLoader)."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{**moved, "images": [image.pin_memory() for image in self.images]})
+
+
+def pad_boxes(
+    boxes: list[npt.NDArray[np.float32]], labels: list[npt.NDArray[np.int64]], slots: int, key: Key
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ragged boxes in fixed slots: boxes [B, M, 4], valid [B, M], labels [B, M].
+
+    Of more candidates than slots, those with the smallest draws under the stream "candidates" are taken, so never by
+    size; they keep their order.
+    """
+    batch = len(boxes)
+    padded = np.zeros((batch, slots, 4), dtype=np.float32)
+    valid = np.zeros((batch, slots), dtype=np.bool_)
+    classes = np.full((batch, slots), -1, dtype=np.int64)
+    for i, (candidates, names) in enumerate(zip(boxes, labels, strict=True)):
+        rows = np.arange(len(candidates))
+        if len(rows) > slots:
+            draws = key[i].uniform("candidates", len(rows))[0].numpy()
+            rows = np.sort(np.argsort(draws, kind="stable")[:slots])
+        padded[i, : len(rows)], valid[i, : len(rows)] = candidates[rows], True
+        classes[i, : len(rows)] = names[rows]
+    return torch.from_numpy(padded), torch.from_numpy(valid), torch.from_numpy(classes)

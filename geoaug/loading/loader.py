@@ -1,0 +1,284 @@
+"""`open_loader`: one call from files to batches of tracked views."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from inspect import GEN_CLOSED, getgeneratorstate
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..geometry import checks
+from ..geometry.rng import Key
+from ..geometry.views import ViewSpec
+from ..pixels.render import render_batch
+from .batch import Batch
+from .folder import LoadError, Task, Tasks, Worked, failure_text
+from .order import PADDING, epoch_order, rows_of, steps_of
+from .source import Source, open_source
+
+log = logging.getLogger("geoaug")
+
+
+class Proposals(Protocol):
+    """What the loader asks of a store of proposals."""
+
+    def padded(self, ids: Tensor, m: int, *, key: Key | None = None) -> tuple[Tensor, Tensor]:
+        """Boxes [B, m, 4] in source units and valid [B, m] of some ids."""
+
+
+def open_loader(
+    path: Path | str,
+    specs: Sequence[ViewSpec],
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    proposals: Proposals | None = None,
+    max_boxes: int = 64,
+    render: Literal["cpu", "device"] = "cpu",
+    workers: int | None = None,
+    device: torch.device | str | int | None = None,
+    order: Literal["shuffle", "file"] = "shuffle",
+    last: Literal["drop", "keep"] = "drop",
+    replay: bool = False,
+    on_error: Literal["raise", "mask"] = "raise",
+    images: Path | str | None = None,
+    verify: bool = True,
+    label_map: Literal["instance", "semantic"] | None = None,
+    label_map_size: tuple[int, int] = (160, 160),
+    prefetch: int = 2,
+) -> Loader:
+    """A loader of `specs` views of a folder of images, a list of paths or a COCO json (photographs in `images`).
+
+    `batch_size` is global: each of `world` ranks gets its part of it. Boxes are those of `proposals`, else a json's
+    objects without crowds, else none; of more than `max_boxes` candidates a new draw is taken each epoch. `label` is
+    the sorted index of the first-level subfolder. `render="device"` ships whole images and renders on `device`.
+    `last="keep"` pads the last batch with ok = False. `replay` plans views as in epoch 0 while the order follows the
+    epoch. `verify` refuses images that the decoder warns about; `on_error="mask"` gives what cannot be read ok = False
+    and counts it in `loader.report`. `workers` are processes (None: one a core, 8 at most; 0: this one).
+
+        with open_loader("photographs", [ViewSpec(224), ViewSpec(224)], batch_size=256, seed=0) as loader:
+            for epoch in range(100):
+                loader.set_epoch(epoch)
+                for batch in loader:
+                    a, b = batch.plan.view_from_source[:, 0], batch.plan.view_from_source[:, 1]
+    """
+    where = "open_loader"
+    batch_size = checks.index(batch_size, 1, 2**24, where, "batch_size")
+    world = checks.index(world, 1, 2**20, where, "world")
+    rank = checks.index(rank, 0, world - 1, where, "rank")
+    checks.require(batch_size % world == 0, where, "batch_size", f"a multiple of world, {world}", batch_size)
+    max_boxes = checks.index(max_boxes, 0, 2**16, where, "max_boxes")
+    workers = min(os.cpu_count() or 1, 8) if workers is None else checks.index(workers, 0, 2**10, where, "workers")
+    label_map_size = checks.pair_of_sizes(label_map_size, where, "label_map_size")
+    checks.require(len(specs) > 0, where, "specs", "at least one ViewSpec", "none")
+    checks.require(render in ("cpu", "device"), where, "render", "'cpu' or 'device'", repr(render))
+    checks.require(on_error in ("raise", "mask"), where, "on_error", "'raise' or 'mask'", repr(on_error))
+    known = label_map in (None, "instance", "semantic")
+    checks.require(known, where, "label_map", "None, 'instance' or 'semantic'", repr(label_map))
+    alone = batch_size == 1 or all(spec.kind != "short_side" for spec in specs)
+    checks.require(alone, where, "batch_size", "1 with ViewSpec.short_side", batch_size)
+
+    source = open_source(path, images)
+    has_masks = label_map is None or source.objects is not None
+    checks.require(has_masks, where, "label_map", "left out without a COCO json", repr(label_map))
+    missing = source.problems.get("image that is missing", [])
+    if missing and on_error == "raise":
+        raise LoadError(f"open_loader: {len(missing)} images are missing under {source.root}, such as {missing[:3]}")
+    for kind, names in source.problems.items():
+        log.warning("%s: %d x %s, such as %s", path, len(names), kind, names[:3])
+    steps = steps_of(len(source), batch_size, last)
+    checks.require(steps > 0, where, "batch_size", f"at most the {len(source)} images with last='drop'", batch_size)
+    dataset = Tasks(
+        source.root, specs, seed, on_device=render == "device", verify=verify,
+        label_map=label_map, label_map_size=label_map_size,
+    )  # fmt: skip
+    return Loader(
+        source, dataset, batch_size=batch_size, rank=rank, world=world, steps=steps, order=order, replay=replay,
+        proposals=proposals, max_boxes=max_boxes, workers=workers,
+        prefetch=checks.index(prefetch, 1, 2**10, where, "prefetch"),
+        device=torch.device("cpu" if device is None else device), on_error=on_error,
+    )  # fmt: skip
+
+
+class Loader:
+    """Made by `open_loader`. Iterating gives the batches of one epoch; the next epoch follows unless one is set."""
+
+    def __init__(
+        self,
+        source: Source,
+        dataset: Tasks,
+        *,
+        batch_size: int,
+        rank: int,
+        world: int,
+        steps: int,
+        order: Literal["shuffle", "file"],
+        replay: bool,
+        proposals: Proposals | None,
+        max_boxes: int,
+        workers: int,
+        prefetch: int,
+        device: torch.device,
+        on_error: Literal["raise", "mask"],
+    ) -> None:
+        self.source, self.report, self.failures = source, Counter[str](), dict[str, tuple[str, str]]()
+        self._dataset, self._order, self._replay, self._on_error = dataset, order, replay, on_error
+        self._batch_size, self._rank, self._world, self._steps = batch_size, rank, world, steps
+        self._proposals, self._max_boxes, self._device = proposals, max_boxes, device
+        self._workers, self._prefetch = workers, prefetch
+        self._epoch, self._position, self._start = 0, 0, 0
+        self._running: list[Generator[Batch, None, None]] = []
+        self._rows_of_epoch(0)  # so that a wrong `order` is told at once
+
+    def __len__(self) -> int:
+        """Steps of an epoch, the same on every rank."""
+        return self._steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration give this epoch; the epoch just restored by `load_state_dict` goes on where it was."""
+        epoch = checks.index(epoch, 0, 2**32 - 1, "Loader.set_epoch", "epoch")
+        if epoch != self._epoch:
+            self._epoch, self._position, self._start = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the consumer is: what has been yielded counts, what lies ready in a worker does not."""
+        return {"epoch": self._epoch, "step": self._position, **self._identity}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the last batch that was yielded; nothing is replayed to get there."""
+        for name, value in self._identity.items():
+            same = state.get(name) == value
+            checks.require(same, "Loader.load_state_dict", name, f"the loader's own, {value}", state.get(name))
+        self._epoch, self._start = state["epoch"], state["step"]
+        self._position = self._start
+
+    @property
+    def _identity(self) -> dict[str, int]:
+        samples = int(np.bitwise_xor.reduce(self.source.ids)) if len(self.source) else 0
+        return {"seed": self._dataset.seed, "batch_size": self._batch_size, "samples": samples}
+
+    def _rows_of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        return epoch_order(self.source.ids, seed=self._dataset.seed, epoch=epoch, order=self._order)
+
+    def _task(self, epoch: int, rows: npt.NDArray[np.int64]) -> Task:
+        source, objects = self.source, self.source.objects
+        filled = rows[rows != PADDING]
+        pad = len(rows) - len(filled)
+        boxes = [np.zeros((0, 4), dtype=np.float32)] * len(rows)
+        labels = [np.zeros(0, dtype=np.int64)] * len(rows)
+        masks: list[list[Any]] = [[]] * len(rows)
+        sizes = None
+        if objects is not None:
+            owned = [slice(objects.offsets[row], objects.offsets[row + 1]) for row in filled]
+            masks[: len(filled)] = [objects.masks[own] if self._dataset.label_map else [] for own in owned]
+            boxes[: len(filled)] = [objects.boxes[own] for own in owned]
+            labels[: len(filled)] = [objects.labels[own] for own in owned]
+            sizes = np.concatenate((objects.sizes[filled], np.ones((pad, 2), dtype=np.int32)))
+        return Task(
+            epoch=epoch,
+            planned=0 if self._replay else epoch,
+            names=[source.names[row] for row in filled] + [""] * pad,
+            ids=np.concatenate((source.ids[filled], np.full(pad, PADDING))),
+            labels=np.concatenate((source.labels[filled], np.full(pad, -1))),
+            boxes=boxes,
+            box_labels=labels,
+            slots=self._max_boxes,
+            masks=masks if self._dataset.label_map else None,
+            sizes=sizes,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        iterator = self._batches(self._epoch, self._start)
+        self._start = 0
+        self._running = [*(other for other in self._running if getgeneratorstate(other) != GEN_CLOSED), iterator]
+        return iterator
+
+    def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        order = self._rows_of_epoch(epoch)
+        self._position = start
+
+        def task(step: int) -> Task:
+            rows = rows_of(order, step, batch_size=self._batch_size, rank=self._rank, world=self._world)
+            return self._task(epoch, rows)
+
+        sampler = _Lazily(task, range(start, self._steps))
+        parallel: dict[str, Any] = {"prefetch_factor": self._prefetch} if self._workers else {}
+        pin = self._device.type == "cuda"
+        loader: torch.utils.data.DataLoader[Worked] = torch.utils.data.DataLoader(
+            self._dataset, sampler=sampler, batch_size=None, num_workers=self._workers, collate_fn=_as_it_is,
+            **parallel,
+        )  # fmt: skip
+        results = iter(loader)
+        try:
+            for step, worked in enumerate(results, start):
+                batch = self._finished(worked, pin)
+                self._position = step + 1
+                yield batch
+            self._epoch, self._position = epoch + 1, 0
+        finally:  # also when the consumer stops early or an error is raised: no process is left behind
+            stop = getattr(results, "_shutdown_workers", None)
+            if stop is not None:
+                stop()
+
+    def _finished(self, worked: Worked, pin: bool) -> Batch:
+        self.report.update(worked.notes)
+        self.report["read"] += int(worked.batch.ok.sum())
+        for name, kind, reason in worked.failures:
+            self.report[kind] += 1
+            self.failures[name] = (kind, reason)
+        if worked.failures and self._on_error == "raise":
+            count = len(worked.failures)
+            raise LoadError(f"loader: {count} images could not be read:\n{failure_text(worked.failures)}")
+        batch = worked.batch
+        if self._proposals is not None:
+            boxes, valid = self._proposals.padded(batch.plan.ids, self._max_boxes, key=batch.key)
+            batch.boxes, batch.box_valid, batch.box_labels = boxes, valid, torch.full_like(valid, -1, dtype=torch.int64)
+        padded = worked.padded
+        if pin:
+            batch, padded = batch.pin_memory(), None if padded is None else padded.pin_memory()
+        batch = batch.to(self._device, non_blocking=pin)
+        if padded is not None:
+            batch.images = render_batch(padded.to(self._device, non_blocking=pin), batch.plan)
+        return batch
+
+    def close(self) -> None:
+        """End every iteration and its workers; safe to call twice."""
+        for iterator in self._running:
+            iterator.close()
+        self._running.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Lazily:
+    """A sampler that makes each task when a worker is free for it."""
+
+    def __init__(self, make: Callable[[int], Task], steps: range) -> None:
+        self._make, self._steps = make, steps
+
+    def __iter__(self) -> Iterator[Task]:
+        return map(self._make, self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+def _as_it_is(worked: Any) -> Any:
+    return worked
