@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from torchvision.io import ImageReadMode, decode_image
 
 import geoaug
 from geoaug import ViewSpec, viz
@@ -23,7 +22,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the pictures")
     args = parser.parse_args()
 
-    image = decode_image(str(args.image), ImageReadMode.RGB).permute(1, 2, 0).contiguous()
+    image, _ = geoaug.read_image(args.image)
     specs = [ViewSpec.whole(224), ViewSpec(224, scale=(0.3, 0.6)), ViewSpec.like(1, 112)]
     plan = geoaug.plan_views(specs, [image.shape[:2]], geoaug.sample_ids([args.image.name]), seed=1, epoch=0)
     views = [viz.enlarge(v, 448 // v.shape[-1]) for v in geoaug.render(image, plan)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)  # the script's own randomness; geoaug has none
 
-    image = decode_image(str(args.image), ImageReadMode.RGB)
+    image = functional.pil_to_tensor(Image.open(args.image).convert("RGB"))  # uint8 [3, H, W]
     trunk = torch.nn.Sequential(*list(torchvision.models.resnet18(weights=None).children())[:-2])  # [B, 512, 3, 3]
     head = torch.nn.Linear(512, 64)
     optimizer = torch.optim.SGD([*trunk.parameters(), *head.parameters()], lr=0.02)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 
 import geoaug
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other views")
     args = parser.parse_args()
 
-    image = decode_image(str(args.image), ImageReadMode.RGB).permute(1, 2, 0).contiguous()  # [H, W, 3]
+    image, _ = geoaug.read_image(args.image)  # [H, W, 3]
     specs = [ViewSpec(224, scale=(0.2, 1.0)), ViewSpec(224, scale=(0.2, 1.0))]
     plan = geoaug.plan_views(specs, [image.shape[:2]], geoaug.sample_ids([args.image.name]), seed=args.seed, epoch=0)
     views = [viz.enlarge(view, 2) for view in geoaug.render(image, plan)]  # the same plan, now as pixels

@@ -10,6 +10,7 @@ from .geometry.plan import Plan, plan_views
 from .geometry.rng import Key
 from .geometry.views import ViewSpec
 from .loading.batch import Batch
+from .loading.decode import ReadError, read_image
 from .loading.folder import LoadError
 from .loading.loader import open_loader
 from .pixels.render import render, render_batch
@@ -23,6 +24,7 @@ __all__ = [
     "LoadError",
     "Overlap",
     "Plan",
+    "ReadError",
     "ViewSpec",
     "boxes",
     "correspond",
@@ -36,6 +38,7 @@ __all__ = [
     "overlap",
     "overlap_grid",
     "plan_views",
+    "read_image",
     "regions",
     "render",
     "render_batch",

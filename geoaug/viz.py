@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import colorsys
 import html
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,10 +180,11 @@ def save(picture: Picture, path: Path | str) -> Path:
 
 
 def _png(picture: Picture) -> bytes:
-    from torchvision.io import encode_png
+    from PIL import Image
 
-    data: bytes = encode_png(picture.contiguous().cpu()).numpy().tobytes()
-    return data
+    with io.BytesIO() as file:
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, "PNG")
+        return file.getvalue()
 
 
 def page(title: str, sections: Sequence[tuple[str, str, Picture | None]], path: Path | str) -> Path:

@@ -79,15 +79,17 @@ def read_image(path: Path, *, verify: bool = True) -> tuple[UInt8[Tensor, "H W 3
 
 
 def _decode(data: Tensor, verify: bool) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_image  # here, since torchvision alone takes a second to import
+    import torchvision.io  # noqa: F401  registers the decoders; here, since torchvision takes a second to import
 
+    # The operator itself: its Python wrapper may print a DeprecationWarning, which would be heard as the decoder's.
+    rgb, as_stored = 3, False
     heard: list[str] = []
     try:
         if verify:
             with _listen() as heard:
-                image = decode_image(data, ImageReadMode.RGB)
+                image = torch.ops.image.decode_image(data, rgb, as_stored)
         else:
-            image = decode_image(data, ImageReadMode.RGB)
+            image = torch.ops.image.decode_image(data, rgb, as_stored)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0].split(": ", 1)[-1]
         raise ReadError("undecodable", " / ".join([*filter(None, heard), reason])) from None

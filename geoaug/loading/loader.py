@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from inspect import GEN_CLOSED, getgeneratorstate
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from .source import Source, open_source
 log = logging.getLogger("geoaug")
 
 
+@runtime_checkable
 class Proposals(Protocol):
     """What the loader asks of a store of proposals."""
 
@@ -258,7 +259,7 @@ class Loader:
             iterator.close()
         self._running.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Loader:
         return self
 
     def __exit__(

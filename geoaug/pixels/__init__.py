@@ -1,0 +1,1 @@
+"""Pixels: rendering planned views, colour, and composites."""
