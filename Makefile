@@ -13,9 +13,13 @@ $(READY): pyproject.toml setup.sh
 	@touch $@
 
 demo: $(READY)
-	@mkdir -p runs/demo
-	@for script in examples/*.py; do echo "$$script"; $(BIN)/python $$script --out runs/demo || exit 1; done
-	@echo "demo: pictures in runs/demo"
+	$(BIN)/python data_prep/make_scenes.py --out runs/demo/scenes --images 200
+	$(BIN)/python examples/two_views.py --out runs/demo
+	$(BIN)/python examples/boxes_and_regions.py --out runs/demo
+	$(BIN)/python examples/in_your_own_code.py
+	$(BIN)/geoaug inspect runs/demo/scenes/instances.json --preset scrl --out runs/demo/inspect
+	$(BIN)/geoaug stats --preset scrl --data runs/demo/scenes
+	@echo "demo: pictures in runs/demo, a page to open in runs/demo/inspect/inspect.html"
 
 lint: $(READY)
 	$(BIN)/ruff check .

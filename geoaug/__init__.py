@@ -1,6 +1,6 @@
 """Correspondence-aware transforms for dense self-supervised learning: plan geometry, render, ask what matches."""
 
-from . import testing, viz
+from . import recipes, testing, viz
 from .geometry import boxes, grids, regions
 from .geometry.adopt import from_ffcv_ssl, from_kornia, from_lightly, from_torchvision
 from .geometry.affine import AxisAffine
@@ -13,6 +13,8 @@ from .loading.batch import Batch
 from .loading.decode import ReadError, read_image
 from .loading.folder import LoadError
 from .loading.loader import open_loader
+from .pixels.color import color
+from .pixels.color_spec import ColorSpec
 from .pixels.render import render, render_batch
 
 __version__ = "0.1.0.dev0"
@@ -20,6 +22,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AxisAffine",
     "Batch",
+    "ColorSpec",
     "Key",
     "LoadError",
     "Overlap",
@@ -27,6 +30,7 @@ __all__ = [
     "ReadError",
     "ViewSpec",
     "boxes",
+    "color",
     "correspond",
     "from_ffcv_ssl",
     "from_kornia",
@@ -39,6 +43,7 @@ __all__ = [
     "overlap_grid",
     "plan_views",
     "read_image",
+    "recipes",
     "regions",
     "render",
     "render_batch",

@@ -25,7 +25,7 @@ from .geometry.affine import AxisAffine
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
-Picture = UInt8[Tensor, "3 h w"]
+Picture = UInt8[Tensor, "3 _h _w"]
 
 
 def color_of(i: int) -> tuple[int, int, int]:

@@ -95,6 +95,7 @@ def test_a_batch_is_what_render_makes_of_the_plan(folder):
             assert batch.label[row] == (0 if name.startswith("cats") else 1)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_same_batches_from_any_number_of_workers(coco, workers):
     here = epoch(coco, label_map="semantic")

@@ -1,0 +1,137 @@
+"""`geoaug doctor | inspect | stats`: what is installed, what a recipe does to your images, and in numbers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import inspection, recipes
+
+_APT = "sudo apt-get install --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config g++"
+_CONDA = "conda install -c conda-forge libjpeg-turbo opencv pkg-config cxx-compiler"
+# Package, what it is for, the line that brings it.
+_EXTRAS = (
+    ("ffcv", "FFCV loaders", f"{_APT} (or: {_CONDA}), then pip install 'geoaug[ffcv]'"),
+    ("pyarrow", "stores of proposals", "pip install 'geoaug[prep]'"),
+    ("pycocotools", "masks of a COCO json", "pip install 'geoaug[prep]'"),
+    ("accelerate", "trainers", "pip install 'geoaug[train]'"),
+    ("matplotlib", "curves in reports", "pip install 'geoaug[train]'"),
+    ("dask", "jobs on a cluster", "pip install 'geoaug[cluster]'"),
+)
+
+
+def doctor() -> int:
+    """Print what is there, what is missing, and the line that brings it; 1 if the core itself does not work."""
+    print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    for package in ("geoaug", "torch", "torchvision", "numba", "numpy", "jaxtyping"):
+        print(f"  {package} {importlib.metadata.version(package)}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"GPUs: {', '.join(gpus) or 'none seen by torch'}")
+    for package, use, line in _EXTRAS:
+        problem = _problem(package)
+        print(f"  {package}: {use}: " + ("there" if problem is None else f"{problem}. {line}"))
+    if shutil.which("pkg-config") and importlib.util.find_spec("ffcv") is None:
+        missing = [n for n in ("opencv4", "libturbojpeg") if subprocess.run(["pkg-config", "--exists", n]).returncode]
+        print(f"  libraries FFCV is built from: {'missing ' + ', '.join(missing) if missing else 'there'}")
+    try:
+        broken = _self_test()
+    except Exception as error:  # whatever it is, the user must see it here and not in a training run
+        broken = f"{type(error).__name__}: {error}"
+    print(f"core: {'plans, renders and agrees with torchvision' if broken is None else 'BROKEN: ' + broken}")
+    return 0 if broken is None else 1
+
+
+def _problem(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return "missing"
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a package that is there and cannot be imported is what people need to know of
+        return f"does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return None
+
+
+def _self_test() -> str | None:
+    """One view against torchvision's own resize; what is wrong, or None."""
+    from torchvision.transforms.v2.functional import resized_crop
+
+    from .geometry.plan import plan_views
+    from .geometry.views import ViewSpec
+    from .pixels.render import render
+
+    image = torch.arange(50 * 70 * 3, dtype=torch.int32).remainder(251).to(torch.uint8).reshape(50, 70, 3)
+    plan = plan_views([ViewSpec(32)], [(50, 70)], [1], seed=0, epoch=0)
+    x0, y0, x1, y1 = plan.crop[0, 0].tolist()
+    expected = resized_crop(image.permute(2, 0, 1), y0, x0, y1 - y0, x1 - x0, [32, 32], antialias=True)
+    expected = expected.flip(-1) if plan.flipped[0, 0] else expected
+    return None if torch.equal(render(image, plan)[0], expected) else "a rendered view differs from torchvision's"
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Write pictures and a page of a recipe on the user's images."""
+    recipe = recipes.recipe(args.preset)
+    recipe = recipe if args.size is None else recipe.at(args.size)
+    written = inspection.make_pages(
+        args.path, recipe, args.out, images=args.images, seed=args.seed, where=args.photographs
+    )
+    print(f"inspect: wrote {' and '.join(str(path) for path in written)}: {args.preset}, 0 failures")
+    return 0
+
+
+def stats(args: argparse.Namespace) -> int:
+    """Print what the geometry of a recipe amounts to."""
+    recipe = recipes.recipe(args.preset)
+    if args.data is None:
+        sizes = np.tile([[480, 640], [480, 640], [640, 480]], (-(-args.images // 3), 1))[: args.images]
+        print(f"{args.preset} on {len(sizes):,} made-up images, two of three 640 x 480 and one 480 x 640")
+    else:
+        sizes = inspection.sizes_of(args.data, args.photographs)
+        print(f"{args.preset} on the sizes of {len(sizes):,} images of {args.data}")
+    rows = inspection.stats(recipe, sizes, seed=args.seed)
+    width = max(len(what) for what, _ in rows)
+    for what, figure in rows:
+        print(f"{what:<{width}}  {figure}")
+    print(f"stats: {len(sizes):,} images planned, 0 failures")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0 on success, 2 on wrong usage, 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="geoaug", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="what is installed, what is missing, and the line that brings it")
+    look = commands.add_parser("inspect", help="pictures of what a recipe does to your images")
+    look.add_argument("path", type=Path, help="a folder of images, a list of paths, or a COCO json")
+    look.add_argument("--out", type=Path, default=Path("runs/inspect"), help="folder for the page and the sheet")
+    look.add_argument("--size", type=int, default=None, help="size of the largest view, instead of the recipe's")
+    count = commands.add_parser("stats", help="overlaps, valid cells and box sizes of a recipe; touches no pixel")
+    count.add_argument("--data", type=Path, default=None, help="take the images' sizes from here")
+    for command, images in ((look, 4), (count, 30_000)):
+        command.add_argument("--preset", default="scrl", choices=list(recipes.RECIPES), help="whose recipe")
+        command.add_argument("--images", type=int, default=images, help="how many images")
+        command.add_argument("--photographs", type=Path, default=None, help="where a list's or json's images lie")
+        command.add_argument("--seed", type=int, default=0, help="another seed, other views")
+    args = parser.parse_args(arguments)
+    try:
+        if args.command != "doctor" and args.images < 1:
+            raise ValueError(f"--images must be at least 1, got {args.images}")
+        return {"doctor": lambda _: doctor(), "inspect": inspect, "stats": stats}[args.command](args)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"geoaug {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
