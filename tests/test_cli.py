@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from geoaug import inspection, recipes, viz
+from geoaug import inspection, plan_views, recipes, viz
 from geoaug.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,9 +57,10 @@ def test_stats_count_what_is_there():
     sizes = np.tile([480, 640], (500, 1))
     rows = dict(inspection.stats(recipes.recipe("lc_loss"), sizes))
     assert rows["pairs without overlap"] == "0.00%"  # the whole image holds every crop
-    assert float(rows["cells of a 7 x 7 map that lie in the other view"].split()[1].rstrip(",")) == pytest.approx(
-        49 * 0.54, rel=0.1
-    )  # area shares are uniform over (0.08, 1)
+    crops = plan_views(recipes.recipe("lc_loss").views, sizes, np.arange(500), seed=0, epoch=0).crop[:, 1].double()
+    share = ((crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1])).mean() / (480 * 640)
+    cells = float(rows["cells of a 7 x 7 map that lie in the other view"].split()[1].rstrip(","))
+    assert cells == pytest.approx(49 * float(share), rel=0.05)
     rows = dict(inspection.stats(recipes.recipe("scrl"), sizes))
     assert "images without matched boxes" in rows
 
