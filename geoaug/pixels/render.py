@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,14 +42,37 @@ def render(image: UInt8[Tensor, "H W 3"] | UInt8[np.ndarray, "H W 3"], plan_row:
     size = plan_row.source_size[0].tolist()
     checks.require([height, width] == size, "render", "image", f"of the plan's source size {size}", [height, width])
 
-    sizes = plan_row.view_sizes
+    views = [torch.empty(3, h, w, dtype=torch.uint8) for h, w in plan_row.view_sizes]
+    _render_into(views, address, height, width, plan_row.crop[0].tolist(), plan_row.flipped[0].tolist())
+    return views
+
+
+def _render_into(
+    views: Sequence[Tensor], address: int, height: int, width: int, crops: list[list[int]], flips: list[bool]
+) -> None:
+    """Fill contiguous views [3, h, w] from the pixels at an address."""
+    sizes = [(view.shape[1], view.shape[2]) for view in views]
     scratch = torch.empty(max((scratch_bytes(height, width, h, w) for h, w in sizes), default=0), dtype=torch.uint8)
-    views = [torch.empty(3, h, w, dtype=torch.uint8) for h, w in sizes]
-    crops, flips = plan_row.crop[0].tolist(), plan_row.flipped[0].tolist()
     for view, (x0, y0, x1, y1), flip, (h, w) in zip(views, crops, flips, sizes, strict=True):
         memory, out = scratch.data_ptr(), view.data_ptr()
         resample(address, height, width, x0, y0, x1, y1, int(flip), memory, out, h, w, int(VECTOR))
-    return views
+
+
+def render_rows(
+    images: Sequence[UInt8[Tensor, "_H _W 3"] | None], plan: Plan, views: Sequence[UInt8[Tensor, "B 3 _h _w"]]
+) -> None:
+    """Fill the rows of views [B, 3, h, w] that have an image with what `render` gives; zeros where there is None.
+
+    For loaders, which know that images and plan fit: nothing is allocated or checked a row.
+    """
+    crops, flips = plan.crop.tolist(), plan.flipped.tolist()
+    for row, image in enumerate(images):
+        outs = [view[row] for view in views]
+        if image is None:
+            for out in outs:
+                out.zero_()
+        else:
+            _render_into(outs, image.data_ptr(), image.shape[0], image.shape[1], crops[row], flips[row])
 
 
 def _pixels(image: Tensor | npt.NDArray[np.uint8]) -> tuple[Tensor | npt.NDArray[np.uint8], int]:
