@@ -8,6 +8,7 @@ The photographs are re-encoded once so that their longer side is 500 pixels. By 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -49,15 +50,17 @@ class Decoded(Photographs):
         return decode_jpeg(read_file(self.files[i]), mode=ImageReadMode.RGB)[0, 0, 0], torch.zeros(())
 
 
-def at_side_500(source: Path, target: Path, most: int) -> int:
-    """Re-encode up to `most` photographs; returns how many."""
+def at_side_500(source: Path, target: Path, most: int, repeat: int) -> int:
+    """Re-encode up to `most` photographs, each under `repeat` names for long epochs; returns how many files."""
     files = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in {".jpg", ".jpeg"}][:most]
     for i, path in enumerate(files):
         image = Image.open(path).convert("RGB")
         factor = 500 / max(image.size)
         size = (round(image.width * factor), round(image.height * factor))
-        image.resize(size, Image.Resampling.LANCZOS).save(target / f"{i:05d}.jpg", quality=90)
-    return len(files)
+        image.resize(size, Image.Resampling.LANCZOS).save(target / f"{i:05d}_0.jpg", quality=90)
+        for copy in range(1, repeat):
+            os.link(target / f"{i:05d}_0.jpg", target / f"{i:05d}_{copy}.jpg")
+    return len(files) * repeat
 
 
 def drain(loader: object) -> None:
@@ -69,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, default=None, help="a folder of JPEG photographs; scenes without it")
     parser.add_argument("--most", type=int, default=512, help="use at most so many")
+    parser.add_argument("--repeat", type=int, default=4, help="names each photograph gets, for longer epochs")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--runs", type=int, default=7)
@@ -84,7 +88,7 @@ def main() -> None:
             subprocess.run(command, check=True)
         folder = Path(made) / "side500"
         folder.mkdir()
-        count = at_side_500(source, folder, args.most)
+        count = at_side_500(source, folder, args.most, args.repeat)
         count -= count % args.batch
         options = {"batch_size": args.batch, "num_workers": args.workers, "drop_last": True, "shuffle": True}
         theirs, decoded = DataLoader(Photographs(folder), **options), DataLoader(Decoded(folder), **options)

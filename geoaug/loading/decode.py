@@ -7,7 +7,6 @@ ignored, since boxes and masks refer to stored pixels; it is counted.
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import sys
@@ -35,29 +34,27 @@ class _Listener:
     """What C libraries write to stderr meanwhile: libjpeg tells of damage there and nowhere else."""
 
     def __init__(self) -> None:
-        self._file: io.FileIO | None = None
-        self._owner = -1
+        self._file, self._owner = -1, -1
 
     @contextmanager
     def __call__(self) -> Iterator[list[str]]:
-        if self._file is None or self._owner != os.getpid():  # a forked worker must not share the file's offset
+        if self._owner != os.getpid():  # a forked worker must not share its parent's file
             with tempfile.TemporaryFile() as file:
-                self._file = io.FileIO(os.dup(file.fileno()), "r+")
-            self._owner = os.getpid()
+                self._file, self._owner = os.dup(file.fileno()), os.getpid()
         heard: list[str] = []
         sys.stderr.flush()
         kept = os.dup(2)
-        os.dup2(self._file.fileno(), 2)
+        os.dup2(self._file, 2)
         try:
             yield heard
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-            if os.fstat(self._file.fileno()).st_size:
-                self._file.seek(0)
-                heard.extend(self._file.readall().decode(errors="replace").split("\n"))
-                self._file.seek(0)
-                self._file.truncate(0)
+            size = os.fstat(self._file).st_size
+            if size:
+                heard.extend(os.pread(self._file, size, 0).decode(errors="replace").split("\n"))
+                os.ftruncate(self._file, 0)
+                os.lseek(self._file, 0, os.SEEK_SET)
 
 
 _listen = _Listener()

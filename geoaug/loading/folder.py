@@ -6,6 +6,7 @@ from the size it finds, renders and sends a Batch. No worker holds state, so any
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..geometry.plan import Plan, plan_views
 from ..geometry.rng import Key
 from ..geometry.views import ViewSpec
-from ..pixels.render import render
+from ..pixels.render import render_rows
 from .batch import Batch, pad_boxes
 from .decode import ReadError, read_image
 from .label_maps import label_map_of
@@ -118,17 +119,14 @@ class Tasks(torch.utils.data.Dataset[Worked]):
         return image, notes
 
     def _render(self, images: list[Tensor | None], plan: Plan) -> list[Tensor]:
-        views = [torch.zeros(len(images), 3, h, w, dtype=torch.uint8) for h, w in plan.view_sizes]
-        for row, image in enumerate(images):
-            if image is not None:
-                for v, view in enumerate(render(image, plan[row])):
-                    views[v][row] = view
+        views = [_shared((len(images), 3, h, w)) for h, w in plan.view_sizes]
+        render_rows(images, plan, views)
         return views
 
     def _pad(self, images: list[Tensor | None]) -> Tensor:
         height = max([image.shape[0] for image in images if image is not None], default=1)
         width = max([image.shape[1] for image in images if image is not None], default=1)
-        padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+        padded = _shared((len(images), 3, height, width)).zero_()
         for row, image in enumerate(images):
             if image is not None:
                 padded[row, :, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1)
@@ -144,6 +142,15 @@ class Tasks(torch.utils.data.Dataset[Worked]):
                 height, width = task.sizes[row].tolist()
                 maps[row] = label_map_of(masks, labels, self.label_map_size, (height, width))
         return torch.from_numpy(maps)
+
+
+def _shared(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised uint8 tensor; in a worker in the memory it is sent through, so that it is not copied there."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    empty: Tensor = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+    return empty
 
 
 def failure_text(failures: Sequence[tuple[str, str, str]], most: int = 10) -> str:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..geometry import checks
+from ..geometry.plan import plan_views
 from ..geometry.rng import Key
 from ..geometry.views import ViewSpec
+from ..pixels.render import render as render_one
 from ..pixels.render import render_batch
 from .batch import Batch
 from .folder import LoadError, Task, Tasks, Worked, failure_text
@@ -141,6 +143,8 @@ class Loader:
         self._epoch, self._position, self._start = 0, 0, 0
         self._running: list[Generator[Batch, None, None]] = []
         self._rows_of_epoch(0)  # so that a wrong `order` is told at once
+        tiny = plan_views([ViewSpec(2)], [[2, 2]], [0], seed=0, epoch=0)
+        render_one(torch.zeros(2, 2, 3, dtype=torch.uint8), tiny)  # compiled here once, not in every worker it forks
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank."""
