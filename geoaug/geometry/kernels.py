@@ -135,6 +135,17 @@ def draw_crops(windows, ids, tag, k0, k1, law, low, high, log_low, log_high, fli
         flipped[i] = flip > 0.0 and np.float64(to_unit(block_of(ids[i], tag, 6, k0, k1)[0])) < flip
 
 
+@njit(cache=True, nogil=True)
+def crops_inside(crops, sizes):
+    """Whether every crop int32 [N, V, 4] holds a pixel and lies inside its source of size int32 [N, 2]."""
+    for i in range(crops.shape[0]):
+        for v in range(crops.shape[1]):
+            x0, y0, x1, y1 = crops[i, v, 0], crops[i, v, 1], crops[i, v, 2], crops[i, v, 3]
+            if not (0 <= x0 < x1 <= sizes[i, 1] and 0 <= y0 < y1 <= sizes[i, 0]):
+                return False
+    return True
+
+
 @njit(cache=True, nogil=True, inline="always")
 def _grid_side(size, least, w0, w1, w2, w3, v0, v1, v2, v3):
     """One axis of SCRL's grid law: divisions, cell, length, offset; whole pixels of the overlap."""

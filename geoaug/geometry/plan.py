@@ -47,9 +47,8 @@ class Plan:
             ok = isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype
             checks.require(ok, "Plan", name, f"{str(dtype).removeprefix('torch.')} {list(shape)}", checks.shape_of(x))
         if checks.values_visible(self.crop):
-            inside = (self.crop[..., :2] >= 0).all() & (self.crop[..., :2] < self.crop[..., 2:]).all()
-            inside &= (self.crop[..., 2:] <= self.source_size.flip(-1)[:, None]).all()
-            checks.require(bool(inside), "Plan", "crop", "boxes with pixels inside the source", "others")
+            inside = kernels.crops_inside(self.crop.cpu().numpy(), self.source_size.cpu().numpy())
+            checks.require(inside, "Plan", "crop", "boxes with pixels inside the source", "others")
 
     @property
     def view_from_source(self) -> AxisAffine:
