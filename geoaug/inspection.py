@@ -96,7 +96,7 @@ def make_pages(
         path, recipe.views, batch_size=1, seed=seed, workers=0, order="file", images=where, on_error="raise"
     ) as loader:
         samples = [(batch, read_image(loader.source.root / batch.names[0])[0]) for batch in islice(loader, images)]
-    sections: list[tuple[str, str, Tensor | None]] = [(recipe.about, describe(recipe), None)]
+    sections: list[tuple[str, str, Tensor | None]] = [("", describe(recipe), None)]
     sheet = []
     for batch, source in samples:
         rows = rows_of(batch, recipe, source.permute(2, 0, 1), 0)

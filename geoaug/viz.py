@@ -196,10 +196,10 @@ def page(title: str, sections: Sequence[tuple[str, str, Picture | None]], path: 
         f"<h1>{html.escape(title)}</h1>",
     ]
     for heading, text, picture in sections:
-        parts.append(f"<h2>{html.escape(heading)}</h2><pre>{html.escape(text)}</pre>")
+        parts.append((f"<h2>{html.escape(heading)}</h2>" if heading else "") + f"<pre>{html.escape(text)}</pre>")
         if picture is not None:
             data = base64.b64encode(_png(picture)).decode()
-            parts.append(f"<img alt='{html.escape(heading)}' src='data:image/png;base64,{data}'>")
+            parts.append(f"<img alt='{html.escape(heading or text)}' src='data:image/png;base64,{data}'>")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join([*parts, "</html>", ""]), encoding="utf-8")
