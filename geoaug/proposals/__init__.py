@@ -1,0 +1,1 @@
+"""Region proposals: stored once, read by id."""
