@@ -16,6 +16,7 @@ from .loading.loader import open_loader
 from .pixels.color import color
 from .pixels.color_spec import ColorSpec
 from .pixels.render import render, render_batch
+from .proposals.store import ProposalStore
 
 __version__ = "0.1.0.dev0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "LoadError",
     "Overlap",
     "Plan",
+    "ProposalStore",
     "ReadError",
     "ViewSpec",
     "boxes",

@@ -15,6 +15,7 @@ import geoaug
 from geoaug import LoadError, ViewSpec, open_loader, sample_id
 from geoaug.loading.decode import ReadError, read_image
 from geoaug.loading.order import epoch_order, rows_of, steps_of
+from geoaug.proposals.store import ProposalStore
 
 SPECS = [ViewSpec((24, 32), (0.2, 1.0)), ViewSpec.like(0, 16), ViewSpec.whole(20, flip=0.5)]
 ON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -297,6 +298,18 @@ def test_proposals_replace_the_jsons_boxes(coco):
     assert batch.boxes.shape == (8, 3, 4)
     assert (batch.boxes == 0.5).all()
     assert (batch.box_labels == -1).all()
+
+
+def test_a_store_of_proposals_by_path(folder, tmp_path, our_errors):
+    names = [p.relative_to(folder / "images").as_posix() for p in (folder / "images").rglob("*.jpg")]
+    box = np.array([[1, 2, 11, 22]], dtype=np.uint16)
+    ProposalStore.write(tmp_path / "store", [(name, (40, 50), box) for name in names])
+    batch = epoch(folder, proposals=tmp_path / "store", max_boxes=2)[0]
+    assert torch.allclose(batch.boxes[:, 0], torch.tensor([1 / 50, 2 / 40, 11 / 50, 22 / 40]))
+    assert batch.box_valid.tolist() == [[True, False]] * 8
+    ProposalStore.write(tmp_path / "other", [(f"other/{name}", (40, 50), box) for name in names])
+    with pytest.raises(ValueError, match=r"22 of 22 images have no entry in .*'cats/.*the store's \['other/"):
+        epoch(folder, proposals=tmp_path / "other")
 
 
 def test_batches_move(folder):

@@ -22,6 +22,7 @@ from ..geometry.rng import Key
 from ..geometry.views import ViewSpec
 from ..pixels.render import render as render_one
 from ..pixels.render import render_batch
+from ..proposals.store import ProposalStore
 from .batch import Batch
 from .folder import LoadError, Task, Tasks, Worked, failure_text
 from .order import PADDING, epoch_order, rows_of, steps_of
@@ -46,7 +47,7 @@ def open_loader(
     seed: int,
     rank: int = 0,
     world: int = 1,
-    proposals: Proposals | None = None,
+    proposals: Proposals | Path | str | None = None,
     max_boxes: int = 64,
     render: Literal["cpu", "device"] = "cpu",
     workers: int | None = None,
@@ -63,12 +64,12 @@ def open_loader(
 ) -> Loader:
     """A loader of `specs` views of a folder of images, a list of paths or a COCO json (photographs in `images`).
 
-    `batch_size` is global: each of `world` ranks gets its part of it. Boxes are those of `proposals`, else a json's
-    objects without crowds, else none; of more than `max_boxes` candidates a new draw is taken each epoch. `label` is
-    the sorted index of the first-level subfolder. `render="device"` ships whole images and renders on `device`.
-    `last="keep"` pads the last batch with ok = False. `replay` plans views as in epoch 0 while the order follows the
-    epoch. `verify` refuses images that the decoder warns about; `on_error="mask"` gives what cannot be read ok = False
-    and counts it in `loader.report`. `workers` are processes (None: one a core, 8 at most; 0: this one).
+    `batch_size` is global: each of `world` ranks gets its part of it. Boxes are those of `proposals` (a store or its
+    path), else a json's objects without crowds, else none; of more than `max_boxes` candidates a new draw is taken each
+    epoch. `label` is the sorted index of the first-level subfolder. `render="device"` ships whole images and renders on
+    `device`. `last="keep"` pads the last batch with ok = False. `replay` plans views as in epoch 0 while the order
+    follows the epoch. `verify` refuses images that the decoder warns about; `on_error="mask"` gives what cannot be read
+    ok = False and counts it in `loader.report`. `workers` are processes (None: one a core, 8 at most; 0: this one).
 
         with open_loader("photographs", [ViewSpec(224), ViewSpec(224)], batch_size=256, seed=0) as loader:
             for epoch in range(100):
@@ -100,6 +101,10 @@ def open_loader(
         raise LoadError(f"open_loader: {len(missing)} images are missing under {source.root}, such as {missing[:3]}")
     for kind, names in source.problems.items():
         log.warning("%s: %d x %s, such as %s", path, len(names), kind, names[:3])
+    if isinstance(proposals, (str, Path)):
+        proposals = ProposalStore.open(proposals)
+    if isinstance(proposals, ProposalStore):
+        proposals.check_covers(source.ids, source.names)
     steps = steps_of(len(source), batch_size, last)
     checks.require(steps > 0, where, "batch_size", f"at most the {len(source)} images with last='drop'", batch_size)
     dataset = Tasks(

@@ -152,6 +152,18 @@ class ProposalStore:
         found = self.ids[at] == ids if len(self.ids) else np.zeros(len(ids), dtype=bool)
         return np.where(found, at, -1)
 
+    def check_covers(self, ids: npt.NDArray[np.int64], names: Sequence[str]) -> None:
+        """Refuse images of which under 99 % have an entry: store and images belong to different roots, most likely."""
+        missing = np.flatnonzero(self.rows(ids) < 0)
+        if len(missing) > 0.01 * len(ids):
+            _, parquet = _arrow()
+            shards = self.manifest["shards"]
+            theirs = parquet.read_table(self.path / shards[0]["file"], columns=["name"])["name"] if shards else []
+            raise ValueError(
+                f"ProposalStore: {len(missing)} of {len(ids)} images have no entry in {self.path}: images are named "
+                f"{[names[row] for row in missing[:2]]}, the store's {[str(name) for name in theirs[:2]]}"
+            )
+
     def boxes(self, identity: int) -> npt.NDArray[np.uint16]:
         """All boxes uint16 [n, 4] of one image, in source pixels."""
         row = int(self.rows(np.array([identity], dtype=np.int64))[0])
