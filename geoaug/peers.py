@@ -83,18 +83,21 @@ def torchvision_views() -> Iterator[tuple[str, str, Transform]]:
         claim = AxisAffine(unit[2:] - unit[:2], unit[:2].clone())
         return view.as_subclass(Tensor), claim @ AxisAffine.flip_x(torch.tensor(mirrored))
 
-    def by_keypoints(image: Tensor, transform: torch.nn.Module) -> tuple[Tensor, Claim]:
+    def by_keypoints(image: Tensor, transform: torch.nn.Module, centre: float) -> tuple[Tensor, Claim]:
         height, width = image.shape[-2:]
-        source = grids.cell_centers(120, 120) * torch.tensor([width, height])
+        source = grids.cell_centers(120, 120) * torch.tensor([width, height]) - centre
         view, found = transform(tv_tensors.Image(image), tv_tensors.KeyPoints(source, canvas_size=(height, width)))
         size = torch.tensor([view.shape[-1], view.shape[-2]])
         in_view = found.as_subclass(Tensor).float()
         kept = ((in_view > 0) & (in_view < size - 1)).all(-1)  # keypoints outside are clamped to the border
-        return view.as_subclass(Tensor), _fit(in_view[kept] / size, source[kept] / torch.tensor([width, height]))
+        return view.as_subclass(Tensor), _fit(
+            (in_view[kept] + centre) / size, (source[kept] + centre) / torch.tensor([width, height])
+        )
 
     for name, transform in chains.items():
         yield name, "BoundingBoxes", partial(by_boxes, transform=transform)
-        yield name, "KeyPoints", partial(by_keypoints, transform=transform)
+        yield name, "KeyPoints, read as edges", partial(by_keypoints, transform=transform, centre=0.0)
+        yield name, "KeyPoints, read as centres", partial(by_keypoints, transform=transform, centre=0.5)
 
 
 def kornia_views() -> Iterator[tuple[str, str, Transform]]:
@@ -156,8 +159,9 @@ def run() -> tuple[list[tuple[str, str, Report]], list[str]]:
             missing.append(library)
             continue
         for chain, claim, transform in views():
-            torch.manual_seed(0)  # the peers draw from the global generator
-            rows.append((library, claim, measure(chain, transform)))
+            with torch.random.fork_rng(devices=[]):  # the peers draw from the global generator; the caller keeps his
+                torch.default_generator.manual_seed(0)
+                rows.append((library, claim, measure(chain, transform)))
     return rows, missing
 
 
@@ -172,7 +176,8 @@ def markdown(rows: list[tuple[str, str, Report]], missing: list[str]) -> str:
         "map is recovered from the view by least squares and compared at the view's corners with what the library says",
         "of the view. The figure is the worst error of all draws, in source or view pixels, whichever is larger; 0.02",
         "is the noise of float arithmetic and border effects. Boxes are followed unclamped, keypoints where they lie",
-        "inside. A kornia matrix is read as kornia counts, from pixel centre to pixel centre.",
+        "inside and in both possible readings: 0 is the image's edge, or 0 is the first pixel's centre. A matrix of",
+        "kornia is read as kornia counts, from pixel centre to pixel centre.",
         "",
         "| library | transform | followed by | worst disagreement (px) | views |",
         "| --- | --- | --- | ---: | ---: |",

@@ -73,6 +73,8 @@ def _coordinates(view: Tensor) -> Tensor:
     ok = isinstance(view, Tensor) and view.ndim == 3 and view.shape[0] >= 2
     checks.require(ok, "measure", "the transform's view", "[3, h, w]", checks.shape_of(view))
     held = view[:2].permute(1, 2, 0).to(torch.float64)
+    shown = bool(torch.isfinite(held).all()) and float((held.amax((0, 1)) - held.amin((0, 1))).min()) > 0
+    checks.require(shown, "measure", "the transform's view", "finite and not of one value", "another")
     if view.dtype != torch.uint8:
         return held
     return (held * (1 - _MIX) - held.flip(-1) * _MIX) / (255 * (1 - 2 * _MIX))
@@ -147,4 +149,5 @@ def measure(
             result = disagreement(view, claim, (height, width))
             worst, count = max(worst, result.corner), count + 1
             worst_pixel = max(worst_pixel, result.pixel) if not math.isnan(result.pixel) else math.nan
+    checks.require(count > 0, "measure", "sizes", "at least one (height, width)", "none")
     return Report(name, worst, worst_pixel, count)

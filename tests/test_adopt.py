@@ -70,7 +70,7 @@ def test_kornia_records():
     [
         (
             lambda: from_torchvision(0, 0, 0, 5, False, (9, 9)),
-            "from_torchvision: h, w and source_size must be positive",
+            "from_torchvision: h must be positive and finite",
         ),
         (lambda: from_torchvision(0, 0, 5, 5, False, (9, 9, 3)), "from_torchvision: source_size must be"),
         (
@@ -79,7 +79,16 @@ def test_kornia_records():
         ),
         (lambda: from_kornia(torch.ones(1, 3, 3), (5, 5), (5, 5)), "must be axis-aligned"),
         (lambda: from_kornia(torch.eye(3)[None] * 2, (5, 5), (5, 5)), "must be axis-aligned"),
-        (lambda: from_ffcv_ssl(torch.zeros(5)), r"from_ffcv_ssl: row must be \[\*batch, 6\], got float32 \[5\]"),
+        (lambda: from_kornia(torch.diag(torch.tensor([1.0, 1.0, -1.0])), (5, 5), (5, 5)), "must be axis-aligned"),
+        (
+            lambda: from_torchvision(0, 0, 5, 5, torch.zeros(2).bool(), torch.ones(3, 2)),
+            "source_size must be of a batch",
+        ),
+        (lambda: from_torchvision(0, float("nan"), 5, 5, False, (9, 9)), "i and j must be finite"),
+        (
+            lambda: from_ffcv_ssl(torch.zeros(5)),
+            r"from_ffcv_ssl: row must be a tensor \[\*batch, 6\], got float32 \[5\]",
+        ),
     ],
 )
 def test_bad_input(our_errors, make, message):

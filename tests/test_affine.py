@@ -173,6 +173,8 @@ def test_empty_batches(batch):
         (lambda: AxisAffine.sending(torch.tensor([0.5, 0.0, 0.5, 1.0])), "sending: box must be of positive width"),
         (lambda: AxisAffine.sending(torch.tensor([0.6, 0.0, 0.5, 1.0])), "x0 <= x1"),
         (lambda: AxisAffine.flip_x(torch.ones(2)), r"flip_x: mask must be a bool tensor"),
+        (lambda: AxisAffine.identity(3) @ AxisAffine.identity(2), r"broadcasts with \[3\], got \[2\]"),
+        (lambda: AxisAffine.identity(3)(torch.ones(2, 1, 2)), r"points must be of a batch that broadcasts with \[3\]"),
         (lambda: AxisAffine.identity(1)(torch.ones(2)), r"points must be points \[\*batch, P, 2\]"),
         (lambda: AxisAffine.identity(1)(torch.ones(1, 1, 3)), r"points must be .* got float32 \[1, 1, 3\]"),
         (lambda: AxisAffine.identity(1)(torch.full((1, 1, 2), float("inf"))), "points must be finite"),

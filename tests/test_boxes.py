@@ -85,6 +85,12 @@ def test_cell_centers():
         (lambda: boxes.from_pixels(torch.zeros(2, 1, 4), torch.ones(2, 3)), r"size must be \[\*batch, 2\]"),
         (lambda: boxes.from_xywh(torch.tensor([1.0, 1.0, -1.0, 1.0])), "from_xywh: boxes must be finite with width"),
         (lambda: boxes.from_soco_inclusive(torch.zeros(3)), "from_soco_inclusive: boxes must"),
+        (lambda: boxes.from_pixels([[1.0, 2.0, 3.0, 4.0]], (5, 5)), "from_pixels: boxes must be floating boxes"),
+        (lambda: boxes.from_pixels(torch.zeros(2, 1, 4), torch.full((2, 2), float("inf"))), "at least 1 and finite"),
+        (lambda: boxes.to_xywh(torch.tensor([5, 5, 1, 9])), "to_xywh: boxes must be boxes with x0 <= x1"),
+        (lambda: boxes.from_soco_inclusive(torch.tensor([5, 5, 1, 9])), "boxes with x0 <= x1"),
+        (lambda: boxes.intersect(torch.zeros(2, 4), torch.zeros(3, 4)), r"broadcasts with \[2\], got \[3\]"),
+        (lambda: boxes.iou(torch.zeros(4), torch.zeros(4)), r"iou: a must be boxes \[\*batch, N, 4\]"),
         (lambda: grids.cell_centers(0, 3), "cell_centers: h must be an integer in"),
     ],
 )

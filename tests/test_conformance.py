@@ -1,5 +1,7 @@
 """The suite itself: it must pass what is right and catch every classic mistake."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import grid_sample, interpolate
@@ -99,6 +101,8 @@ def test_our_own_adapter_passes_and_the_table_names_it():
     assert max(report.worst for _, _, report in rows) < 0.02
     table = markdown(rows, ["kornia"])
     assert "| geoaug | flip | map |" in table
+    header = table[: table.index("| library")]
+    assert (Path(__file__).parent.parent / "docs" / "conformance.md").read_text().startswith(header)
     assert "not measured: kornia" in table
 
 
@@ -110,5 +114,10 @@ def test_torchvision_boxes_agree_with_its_pixels():
 def test_bad_input(our_errors):
     with pytest.raises(ValueError, match=r"measure: the transform's view must be \[3, h, w\], got float32 \[5\]"):
         testing.measure("flat", lambda image: (torch.zeros(5), AxisAffine.identity()))
+    for broken in (torch.zeros(3, 8, 8), torch.full((3, 8, 8), float("nan"))):
+        with pytest.raises(ValueError, match="view must be finite and not of one value"):
+            testing.measure("broken", lambda image, view=broken: (view, AxisAffine.identity()))
+    with pytest.raises(ValueError, match="measure: sizes must be at least one"):
+        testing.measure("nothing", lambda image: (image, AxisAffine.identity()), sizes=[])
     with pytest.raises(ValueError, match="measure: draws must be an integer"):
         testing.measure("none", lambda image: (image, AxisAffine.identity()), draws=0)

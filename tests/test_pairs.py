@@ -222,6 +222,18 @@ def test_mirrored_views_correspond_cell_by_cell():
     assert columns[0].tolist() == [6, 5, 4, 3, 2, 1, 0]
 
 
+def test_an_overlap_is_rounded_to_whole_pixels():
+    a, b = crops((0, 0, 100, 100)), crops((85, 0, 185, 100))
+    assert pairs._coarser_pixels(overlap(a, b), (224, 224), "test").tolist() == [[34, 224]]  # 15 * 2.24 = 33.6
+
+
+def test_a_point_at_zero_is_valid():
+    b = AxisAffine(torch.ones(1, 2), torch.full((1, 2), -0.5))
+    points, valid = correspond(AxisAffine.identity(1), b, (1, 1))
+    assert points.tolist() == [[[0.0, 0.0]]]
+    assert valid.all()
+
+
 def test_valid_is_half_open():
     b = AxisAffine(torch.ones(1, 2), torch.tensor([[0.5, -0.5]]))
     points, valid = correspond(AxisAffine.identity(1), b, (1, 1))
@@ -278,6 +290,9 @@ KEY = Key(0, 0, [1])
         (lambda: overlap(AxisAffine.identity(), ONE), r"overlap: a must be maps \[B\]"),
         (lambda: matched_boxes(ONE, ONE, 0, sizes=SIZES, key=KEY), "matched_boxes: k must be an integer in"),
         (lambda: matched_boxes(ONE, ONE, 1, sizes=(1, 2, 3), key=KEY), "matched_boxes: sizes must be"),
+        (lambda: matched_boxes(ONE, ONE, 1, sizes=224, key=KEY), "matched_boxes: sizes must be"),
+        (lambda: matched_boxes(ONE, ONE, 1, sizes=None, key=KEY), "matched_boxes: sizes must be"),
+        (lambda: matched_boxes(ONE, ONE, 1, sizes=SIZES, key=3), "matched_boxes: key must be a Key, got 3"),
         (lambda: matched_boxes(ONE, ONE, 1, sizes=(0, 5), key=KEY), "matched_boxes: sizes must be an integer"),
         (lambda: matched_boxes(ONE, ONE, 1, sizes=SIZES, key=Key(0, 0, [1, 2])), "key must be a key of 1 ids, got 2"),
         (lambda: matched_boxes(ONE, ONE, 1, sizes=SIZES, key=KEY, min_size=0), "min_size must"),

@@ -155,6 +155,7 @@ def test_side_law_draws_squares_by_side_length():
     [
         (ViewSpec.center(224, 256), (300, 500), (119, 19, 381, 281)),  # 300 * 224 / 256 = 262.5 -> 262
         (ViewSpec.center(224), (300, 500), (100, 0, 400, 300)),
+        (ViewSpec.center(224), (300, 501), (100, 0, 400, 300)),  # an odd margin: the spare pixel lies behind
         (ViewSpec.center((100, 200)), (300, 500), (0, 25, 500, 275)),
         (ViewSpec.center((200, 100)), (300, 500), (175, 0, 325, 300)),
         (ViewSpec.center(224, 256), (1, 1), (0, 0, 1, 1)),
@@ -207,6 +208,11 @@ def test_rows():
     assert torch.equal(plan[torch.arange(39, -1, -1)].crop, plan.crop.flip(0))
     assert [len(row) for row in plan] == [1] * 40
     assert torch.equal(plan[7].key.uniform("s", 3), plan.key.uniform("s", 3)[7:8])
+    for row in (np.int64(3), torch.tensor(3)):
+        assert plan[row].to_dict() == plan[3].to_dict()
+    for row in (40, -41):
+        with pytest.raises(IndexError, match="Plan: row must be in"):
+            plan[row]
 
 
 def test_memory_of_a_plan():
@@ -246,6 +252,14 @@ def test_the_same_maps_on_a_gpu():
         (lambda: ViewSpec(8, law="side", ratio=(1, 2)), "ViewSpec: ratio must be left out"),
         (lambda: ViewSpec.center(224, 200), r"ViewSpec.center: resize .* must be an integer in \[224"),
         (lambda: ViewSpec.short_side(800, 700), "ViewSpec.short_side: max_size must"),
+        (lambda: ViewSpec(8, kind="bogus"), "ViewSpec: kind must be left to the named constructors, got 'bogus'"),
+        (lambda: ViewSpec(8, kind="like"), "ViewSpec: view must be left to the named constructors"),
+        (lambda: ViewSpec(8, view=0), "ViewSpec: view must be left to the named constructors"),
+        (lambda: ViewSpec(8, flip=None), "ViewSpec: flip must be a chance"),
+        (lambda: ViewSpec(8, scale=("a", 1)), "ViewSpec: scale must be a pair of numbers"),
+        (lambda: plan_views(ViewSpec(8), [[5, 5]], [1], seed=0, epoch=0), "specs must be a list of ViewSpec"),
+        (lambda: plan_views([8], [[5, 5]], [1], seed=0, epoch=0), "specs must be a list of ViewSpec"),
+        (lambda: Plan.from_dict(make(2).to_dict() | {"view_sizes": [[0, 5]] * 5}), "view_sizes must be an integer"),
         (lambda: ViewSpec.like(-1, 8), "ViewSpec: view must"),
         (lambda: plan_views([], [[5, 5]], [1], seed=0, epoch=0), "plan_views: specs must be at least one ViewSpec"),
         (lambda: plan_views([ViewSpec.like(0, 8)], [[5, 5]], [1], seed=0, epoch=0), "must be an earlier view, got 0"),
@@ -264,7 +278,6 @@ def test_the_same_maps_on_a_gpu():
         (lambda: Plan.cat([]), "Plan.cat: plans must be at least one plan"),
         (lambda: Plan.cat([make(2), make(2, epoch=1)]), "Plan.cat: epoch must be the same in all plans"),
         (lambda: Plan.from_dict({"crop": []}), "Plan.from_dict: record must be a dict of"),
-        (lambda: make(2)[5], "Plan: row must"),
         (lambda: Plan.from_dict(make(2).to_dict() | {"crop": [[[0, 0, 9999, 1]] * 5] * 2}), "Plan: crop must be boxes"),
     ],
 )
@@ -273,7 +286,14 @@ def test_bad_input(our_errors, build, message):
         build()
 
 
-@pytest.mark.parametrize("ids", [[0.5], torch.ones(1)])
+def test_ids_are_a_copy_of_the_callers():
+    ids = np.array([1, 2])
+    plan = plan_views([ViewSpec(8)], [[5, 5]] * 2, ids, seed=0, epoch=0)
+    ids[:] = 9
+    assert plan.ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("ids", [[0.5], torch.ones(1), ["a.jpg"], [None], [2**63]])
 def test_ids_and_sizes_that_are_not_integers(our_errors, ids):
     with pytest.raises(TypeError, match="plan_views: ids must be integers"):
         plan_views([ViewSpec(8)], [[5, 5]], ids, seed=0, epoch=0)

@@ -142,6 +142,23 @@ def test_boxes_that_are_hidden_or_empty_are_never_drawn():
     assert set(ids.flatten().tolist()) == {1, 3}
 
 
+def test_an_unsigned_map_has_a_void_too():
+    labels = torch.full((1, 3, 3), 255, dtype=torch.uint8)
+    assert regions.lookup(labels, torch.tensor([[[0.5, 0.5], [1.5, 0.5]]])).tolist() == [[255, -1]]
+
+
+def test_points_of_a_box_lie_inside_the_source():
+    a = AxisAffine.sending(torch.tensor([[-1.0, 0.0, 1.0, 1.0]]))
+    points = regions.draw_points(a, torch.tensor([[[-1.0, 0.0, 0.2, 1.0]]]), 4, 64, key=Key(0, 0, [1]))[0]
+    assert points[..., 0].min() >= 0.5
+
+
+def test_a_box_between_two_cell_centres_is_not_visible():
+    boxes = torch.tensor([[[0.3, 0.0, 0.7, 1.0], [0.1, 0.0, 0.3, 1.0]]])  # centres of 2 cells: 0.25 and 0.75
+    ids = regions.draw_points(AxisAffine.identity(1), boxes, 50, 1, key=Key(0, 0, [1]), cells=(2, 2))[1]
+    assert set(ids.flatten().tolist()) == {1}
+
+
 @pytest.mark.parametrize("what", ["boxes", "no boxes", "labels"])
 def test_nothing_visible_gives_a_mask(what):
     nothing = {"boxes": torch.zeros(2, 3, 4), "no boxes": torch.zeros(2, 0, 4), "labels": torch.full((2, 3, 3), -1)}

@@ -126,6 +126,31 @@ def test_integers_take_a_bound_per_row_and_number():
     assert torch.equal(draws[1:2], key[1].integers("s", 50, 5))
 
 
+@pytest.mark.parametrize("n", [2**31 - 1, 2**31, 1000, 3])
+def test_integers_use_all_64_bits(n):
+    key = Key(0, 0, range(200))
+    words = words_torch(key.ids, key.tag("s"), 0, 50, 0, 0)
+    expected = [[reference.below(row[2 * i], row[2 * i + 1], n) for i in range(100)] for row in words.tolist()]
+    assert key.integers("s", 100, n).tolist() == expected
+    high, low = words[0, 0::2].tolist(), words[0, 1::2].tolist()
+    jitted = [int(kernels.below(np.uint64(a), np.uint64(b), n)) for a, b in zip(high, low, strict=True)]
+    assert jitted == expected[0]
+
+
+def test_one_row_may_be_any_whole_number():
+    key = Key(0, 0, [4, 5, 6])
+    for row in (1, np.int64(1), torch.tensor(1), -2):
+        assert key[row].ids.tolist() == [5]
+    with pytest.raises(IndexError, match=r"Key: row must be in \[-3, 2\], got 3"):
+        key[3]
+
+
+def test_folds_cannot_be_mistaken_for_paths(our_errors):
+    for name in ("a/b", ""):
+        with pytest.raises(ValueError, match=r"Key\.fold: name must be not empty and without '/'"):
+            Key(0, 0, [1]).fold(name)
+
+
 def test_empty_batch():
     key = Key(0, 0, [])
     assert key.uniform("s", 3).shape == (0, 3)
@@ -147,7 +172,7 @@ def test_ids_that_are_not_integers(our_errors, ids):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Key(-1, 0, [1]), "Key: seed must be an integer at least 0"),
+        (lambda: Key(-1, 0, [1]), r"Key: seed must be an integer in \[0, 4294967295\], got -1"),
         (lambda: Key(0, 2**32, [1]), "Key: epoch must be"),
         (lambda: Key(0, 0, [[1]]), r"Key: ids must be one axis \[B\], got int64 \[1, 1\]"),
         (lambda: Key(0, 0, [1]).uniform("s", -1), "Key.uniform: n must"),

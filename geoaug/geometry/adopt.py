@@ -47,17 +47,35 @@ def from_torchvision(
     tensor([[168.0000,  44.8000]])
     """
     where = "from_torchvision"
-    sides = torch.as_tensor(source_size, dtype=torch.float32)
-    checks.require(sides.shape[-1:] == (2,), where, "source_size", "(height, width)", checks.shape_of(sides))
-    device = sides.device
-    top, left, height, width = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (i, j, h, w))
-    if checks.values_visible(sides):
-        ok = bool((height > 0).all()) and bool((width > 0).all()) and bool((sides > 0).all())
-        checks.require(ok, where, "h, w and source_size", "positive", "others")
-    box = torch.stack(torch.broadcast_tensors(left, top, left + width, top + height), dim=-1)
-    crop = AxisAffine.sending(box / sides.flip(-1).repeat(*(1,) * (sides.ndim - 1), 2))
-    mask = torch.as_tensor(flip, dtype=torch.bool, device=device)
-    return AxisAffine.flip_x(mask.expand(crop.batch_shape)) @ crop
+    like = next((x for x in (i, j, h, w, flip, source_size) if isinstance(x, Tensor)), torch.zeros(()))
+    number = like.new_zeros((), dtype=torch.float32)
+
+    def tensor(x: Tensor | float) -> Tensor:  # numbers are filled in on the device: a copy would synchronise
+        return x.to(torch.float32) if isinstance(x, Tensor) else number.new_full((), float(x))
+
+    top, left, height, width = (tensor(x) for x in (i, j, h, w))
+    if isinstance(source_size, Tensor):
+        checks.require(
+            source_size.shape[-1:] == (2,), where, "source_size", "[*batch, 2]", checks.shape_of(source_size)
+        )
+        source_height, source_width = source_size.to(torch.float32).unbind(-1)
+    else:
+        source_height, source_width = (tensor(x) for x in checks.pair_of_sizes(source_size, where, "source_size"))
+    if checks.values_visible(height):
+        for name, side in (("h", height), ("w", width), ("source_size", source_height), ("source_size", source_width)):
+            legal = bool(((side > 0) & torch.isfinite(side)).all())
+            checks.require(legal, where, name, "positive and finite", "other values")
+        checks.require(bool(torch.isfinite(top + left).all()), where, "i and j", "finite", "other values")
+    mask = flip if isinstance(flip, Tensor) else torch.full_like(number, bool(flip), dtype=torch.bool)
+    checks.require(mask.dtype == torch.bool, where, "flip", "bool", checks.shape_of(mask))
+    batch = top.shape
+    for name, x in (("j", left), ("h", height), ("w", width), ("flip", mask), ("source_size", source_height)):
+        checks.same_batch(batch, x.shape, where, name)
+        batch = torch.broadcast_shapes(batch, x.shape)
+    edges = (left / source_width, top / source_height)
+    ends = ((left + width) / source_width, (top + height) / source_height)
+    *corners, mask = torch.broadcast_tensors(*edges, *ends, mask)
+    return AxisAffine.flip_x(mask) @ AxisAffine.sending(torch.stack(corners, dim=-1))
 
 
 def from_kornia(
@@ -78,11 +96,13 @@ def from_kornia(
     (h, w), (h_view, w_view) = (checks.pair_of_sizes(s, where, "a size") for s in (source_size, view_size))
     if checks.values_visible(matrix):
         diagonal = matrix.new_tensor([[0, 1, 0], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
-        axis_aligned = bool((matrix[..., diagonal].abs() < 1e-4).all()) and bool((matrix[..., 2, 2] - 1 < 1e-4).all())
+        axis_aligned = bool((matrix[..., diagonal].abs() < 1e-4).all()) and bool(
+            ((matrix[..., 2, 2] - 1).abs() < 1e-4).all()
+        )
         checks.require(axis_aligned, where, "matrix", "axis-aligned (no rotation, shear or perspective)", "another")
     scale = torch.diagonal(matrix, dim1=-2, dim2=-1)[..., :2]
     shift = matrix[..., :2, 2] + 0.5 - 0.5 * scale  # y + 0.5 = scale * (x + 0.5) + shift
-    source, view = matrix.new_tensor((w, h)), matrix.new_tensor((w_view, h_view))
+    source, view = checks.on_device((w, h), matrix), checks.on_device((w_view, h_view), matrix)
     return AxisAffine(scale * source / view, shift / view)
 
 
@@ -103,6 +123,7 @@ def from_ffcv_ssl(row: Num[Tensor, "*batch 6"], flip: Tensor | bool = False) -> 
     >>> from_ffcv_ssl(torch.tensor([200, 80, 20, 10, 50, 100])).scale
     tensor([2.0000, 1.6000])
     """
-    checks.require(row.shape[-1:] == (6,), "from_ffcv_ssl", "row", "[*batch, 6]", checks.shape_of(row))
+    six = isinstance(row, Tensor) and row.shape[-1:] == (6,)
+    checks.require(six, "from_ffcv_ssl", "row", "a tensor [*batch, 6]", checks.shape_of(row))
     width, height, i, j, h, w = row.to(torch.float32).unbind(-1)
     return from_torchvision(i, j, h, w, flip, torch.stack((height, width), dim=-1))

@@ -70,6 +70,7 @@ class AxisAffine:
         """`c_from_b @ b_from_a` is c_from_a."""
         if not isinstance(other, AxisAffine):
             return NotImplemented
+        checks.same_batch(self.batch_shape, other.batch_shape, "AxisAffine", "the map on the right of @")
         scale, shift = self.scale * other.scale, self.scale * other.shift + self.shift
         return AxisAffine(*torch.broadcast_tensors(scale, shift))
 
@@ -81,6 +82,7 @@ class AxisAffine:
         """Map points [*batch, P, 2], each (x, y)."""
         points = checks.floats(points, 2, "AxisAffine", "points", "floating points [*batch, P, 2]")
         checks.require(points.ndim >= 2, "AxisAffine", "points", "points [*batch, P, 2]", checks.shape_of(points))
+        checks.same_batch(self.batch_shape, points.shape[:-2], "AxisAffine", "points")
         return self.scale[..., None, :] * points + self.shift[..., None, :]
 
     def boxes(self, xyxy: Float[Tensor, "*#batch K 4"]) -> Float[Tensor, "*#batch K 4"]:

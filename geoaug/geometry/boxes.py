@@ -33,6 +33,7 @@ def clip(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 4"]:
 def intersect(a: Float[Tensor, "*#batch 4"], b: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*#batch 4"]:
     """The common part of boxes that broadcast against each other; without area where they do not overlap."""
     a, b = checks.xyxy(a, "intersect", "a"), checks.xyxy(b, "intersect", "b")
+    checks.same_batch(a.shape[:-1], b.shape[:-1], "intersect", "b")
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., 2:], b[..., 2:])
     return torch.cat((low, torch.maximum(low, high)), dim=-1)
@@ -44,6 +45,9 @@ def iou(a: Float[Tensor, "*#batch N 4"], b: Float[Tensor, "*#batch M 4"]) -> Flo
     >>> iou(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 0.5, 1.0], [2.0, 2.0, 3.0, 3.0]]))
     tensor([[0.5000, 0.0000]])
     """
+    for name, boxes in (("a", a), ("b", b)):
+        checks.require(boxes.ndim >= 2, "iou", name, "boxes [*batch, N, 4]", checks.shape_of(boxes))
+    checks.same_batch(a.shape[:-2], b.shape[:-2], "iou", "b")
     common = area(intersect(a[..., :, None, :], b[..., None, :, :]))
     union = area(a)[..., :, None] + area(b)[..., None, :] - common
     return torch.where(union > 0, common / torch.where(union > 0, union, 1), 0)
@@ -64,11 +68,12 @@ def _sides(size: Sequence[int] | Num[Tensor, "*batch 2"], like: Tensor, where: s
     if isinstance(size, Tensor):
         checks.require(size.shape[-1:] == (2,), where, "size", "[*batch, 2] (height, width)", checks.shape_of(size))
         if checks.values_visible(size):
-            checks.require(bool((size >= 1).all()), where, "size", "at least 1", "a smaller one")
+            legal = bool(((size >= 1) & torch.isfinite(size)).all())
+            checks.require(legal, where, "size", "at least 1 and finite", "other values")
         width_height = size.flip(-1).to(like.dtype)
         return torch.cat((width_height, width_height), dim=-1)[..., None, :]
     height, width = checks.pair_of_sizes(size, where, "size")
-    return torch.tensor((width, height, width, height), dtype=like.dtype, device=like.device)
+    return checks.on_device((width, height, width, height), like)
 
 
 def from_pixels(
@@ -79,8 +84,9 @@ def from_pixels(
     >>> from_pixels(torch.tensor([[20.0, 10.0, 40.0, 30.0]]), (100, 200))
     tensor([[0.1000, 0.1000, 0.2000, 0.3000]])
     """
-    boxes = boxes if boxes.is_floating_point() else boxes.to(torch.float32)
-    return checks.xyxy(boxes, "from_pixels", "boxes") / _sides(size, boxes, "from_pixels")
+    whole = isinstance(boxes, Tensor) and not boxes.is_floating_point()
+    edges = checks.xyxy(boxes.to(torch.float32) if whole else boxes, "from_pixels", "boxes")
+    return edges / _sides(size, edges, "from_pixels")
 
 
 def to_pixels(
@@ -96,7 +102,8 @@ def from_xywh(boxes: Num[Tensor, "*batch 4"]) -> Num[Tensor, "*batch 4"]:
     >>> from_xywh(torch.tensor([[10, 20, 30, 40]]))
     tensor([[10, 20, 40, 60]])
     """
-    checks.require(boxes.shape[-1:] == (4,), "from_xywh", "boxes", "[..., 4]", checks.shape_of(boxes))
+    four = isinstance(boxes, Tensor) and boxes.shape[-1:] == (4,)
+    checks.require(four, "from_xywh", "boxes", "a tensor [..., 4]", checks.shape_of(boxes))
     if checks.values_visible(boxes):
         ok = bool(torch.isfinite(boxes).all()) and bool((boxes[..., 2:] >= 0).all())
         checks.require(ok, "from_xywh", "boxes", "finite with width and height >= 0", "other values")
@@ -105,9 +112,7 @@ def from_xywh(boxes: Num[Tensor, "*batch 4"]) -> Num[Tensor, "*batch 4"]:
 
 def to_xywh(boxes: Num[Tensor, "*batch 4"]) -> Num[Tensor, "*batch 4"]:
     """(x, y, width, height) from xyxy; the inverse of `from_xywh`."""
-    checks.require(boxes.shape[-1:] == (4,), "to_xywh", "boxes", "[..., 4]", checks.shape_of(boxes))
-    if boxes.is_floating_point():
-        checks.xyxy(boxes, "to_xywh", "boxes")
+    checks.ordered(boxes, "to_xywh", "boxes")
     return torch.cat((boxes[..., :2], boxes[..., 2:] - boxes[..., :2]), dim=-1)
 
 
@@ -117,8 +122,7 @@ def from_soco_inclusive(boxes: Num[Tensor, "*batch 4"]) -> Num[Tensor, "*batch 4
     >>> from_soco_inclusive(torch.tensor([[10, 20, 39, 59]]))
     tensor([[10, 20, 40, 60]])
     """
-    checks.require(boxes.shape[-1:] == (4,), "from_soco_inclusive", "boxes", "[..., 4]", checks.shape_of(boxes))
+    checks.require(isinstance(boxes, Tensor), "from_soco_inclusive", "boxes", "[..., 4]", checks.shape_of(boxes))
     edges = torch.cat((boxes[..., :2], boxes[..., 2:] + 1), dim=-1)
-    if edges.is_floating_point():
-        checks.xyxy(edges, "from_soco_inclusive", "boxes")
+    checks.ordered(edges, "from_soco_inclusive", "boxes")
     return edges

@@ -47,12 +47,21 @@ def floats(x: Any, last: int, where: str, argument: str, expected: str) -> Tenso
     return tensor
 
 
+def ordered(x: Any, where: str, argument: str) -> None:
+    """Check boxes [..., 4] of any number type: finite, x0 <= x1 and y0 <= y1."""
+    require(isinstance(x, Tensor) and x.shape[-1:] == (4,), where, argument, "a tensor [..., 4]", shape_of(x))
+    if values_visible(x):
+        require(bool(torch.isfinite(x).all()), where, argument, "finite", "NaN or infinite values")
+        fine = bool((x[..., 2:] >= x[..., :2]).all())
+        require(fine, where, argument, "boxes with x0 <= x1 and y0 <= y1", "reversed boxes")
+
+
 def xyxy(x: Any, where: str, argument: str) -> Tensor:
-    """Check boxes [..., 4]: floating, finite, x0 <= x1 and y0 <= y1."""
-    boxes = floats(x, 4, where, argument, "floating boxes [..., 4] (x0, y0, x1, y1)")
-    if values_visible(boxes):
-        ordered = bool((boxes[..., 2:] >= boxes[..., :2]).all())
-        require(ordered, where, argument, "boxes with x0 <= x1 and y0 <= y1", "reversed boxes")
+    """Check floating boxes [..., 4] as `ordered` does."""
+    ok = isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (4,)
+    require(ok, where, argument, "floating boxes [..., 4] (x0, y0, x1, y1)", shape_of(x))
+    ordered(x, where, argument)
+    boxes: Tensor = x
     return boxes
 
 
@@ -62,7 +71,7 @@ def index(x: Any, low: int, high: int, where: str, argument: str) -> int:
         number = operator.index(x)
     except TypeError:
         raise TypeError(f"{where}: {argument} must be an integer, got {shape_of(x)}") from None
-    expected = f"in [{low}, {high}]" if high < 2**31 else f"at least {low} and under 2^{high.bit_length()}"
+    expected = f"in [{low}, {high}]"
     require(low <= number <= high and not isinstance(x, bool), where, argument, f"an integer {expected}", x)
     return number
 
@@ -77,16 +86,41 @@ def pair_of_sizes(x: Any, where: str, argument: str) -> tuple[int, int]:
 
 def interval(x: Any, low: float, high: float, where: str, argument: str) -> tuple[float, float]:
     """Check an ordered pair of numbers with low <= first <= second <= high and low < second."""
-    require(isinstance(x, Sequence) and len(x) == 2, where, argument, "a pair (low, high)", x)
+    pair = isinstance(x, Sequence) and len(x) == 2 and all(isinstance(v, (int, float)) for v in x)
+    require(pair, where, argument, "a pair of numbers (low, high)", x)
     first, second = float(x[0]), float(x[1])
     ok = math.isfinite(first) and math.isfinite(second) and low <= first <= second <= high and low < second
-    require(ok, where, argument, f"(low, high) with {low:g} <= low <= high <= {high:g}", tuple(x))
+    require(ok, where, argument, f"(low, high) with {low:g} <= low <= high <= {high:g} and high > {low:g}", tuple(x))
     return first, second
 
 
+def row_of(index: Any, length: int, where: str) -> int | None:
+    """The row a single whole number names, counted from the end if negative; None for anything but one number."""
+    if isinstance(index, (list, slice)) or getattr(index, "ndim", 0) != 0:
+        return None
+    row = operator.index(index)
+    if not -length <= row < length:
+        raise IndexError(f"{where}: row must be in [{-length}, {length - 1}], got {row}")
+    return row % length
+
+
+def on_device(values: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers as a tensor of the same type and device, filled there: a copy from the host would synchronise."""
+    return torch.cat([like.new_full((1,), value) for value in values])
+
+
+def same_batch(a: Sequence[int], b: Sequence[int], where: str, argument: str) -> None:
+    """Check that two batch shapes broadcast."""
+    fits = all(x == y or 1 in (x, y) for x, y in zip(reversed(a), reversed(b), strict=False))
+    require(fits, where, argument, f"of a batch that broadcasts with {list(a)}", list(b))
+
+
 def int64(x: Any, where: str, argument: str) -> Tensor:
-    """Check whole numbers (tensor, array or list) and give them as an int64 tensor."""
-    tensor: Tensor = x if isinstance(x, Tensor) else torch.as_tensor(x)
+    """Check whole numbers (tensor, array or list) and give them as an int64 tensor, a copy unless a tensor came."""
+    try:
+        tensor: Tensor = x if isinstance(x, Tensor) else torch.tensor(np.asarray(x) if hasattr(x, "dtype") else x)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{where}: {argument} must be integers that fit int64, got {shape_of(x)}") from None
     if tensor.numel() == 0 and not isinstance(x, Tensor) and not hasattr(x, "dtype"):
         return tensor.to(torch.int64)  # an empty list says nothing of its type
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

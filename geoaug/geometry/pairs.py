@@ -44,8 +44,9 @@ def _check_pair(a: AxisAffine, b: AxisAffine, where: str) -> None:
 
 def _view_in_source(view_from_source: AxisAffine) -> Tensor:
     """The source rectangle [B, 4] that each view shows, un-mirrored."""
-    unit_square = view_from_source.scale.new_tensor((0.0, 0.0, 1.0, 1.0))
-    return (~view_from_source).boxes(unit_square.expand(len(view_from_source.scale), 1, 4))[:, 0]
+    source_from_view = ~view_from_source
+    origin, far = source_from_view.shift, source_from_view.scale + source_from_view.shift
+    return torch.cat((torch.minimum(origin, far), torch.maximum(origin, far)), dim=-1)
 
 
 def overlap(a: AxisAffine, b: AxisAffine) -> Overlap:
@@ -68,11 +69,12 @@ def overlap(a: AxisAffine, b: AxisAffine) -> Overlap:
 
 def _coarser_pixels(shared: Overlap, sizes: Sizes, where: str) -> Int32[Tensor, "B 2"]:
     """(width, height) of the overlap in whole pixels of the coarser view: per axis the one with fewer across it."""
-    checks.require(len(sizes) == 2, where, "sizes", "((h_a, w_a), (h_b, w_b))", sizes)
+    pair = isinstance(sizes, Sequence) and len(sizes) == 2
+    checks.require(pair, where, "sizes", "((h_a, w_a), (h_b, w_b))", sizes)
     extents = []
     for box, size in zip((shared.in_a, shared.in_b), sizes, strict=True):
         height, width = checks.pair_of_sizes(size, where, "sizes")
-        extents.append((box[:, 2:] - box[:, :2]) * box.new_tensor((width, height)))
+        extents.append((box[:, 2:] - box[:, :2]) * checks.on_device((width, height), box))
     return torch.minimum(*extents).round().to(torch.int32)
 
 
@@ -108,6 +110,7 @@ def matched_boxes(
     checks.require(0.0 < max_iou <= 1.0, where, "max_iou", "in (0, 1]", max_iou)
     checks.require(law in ("grid", "uniform"), where, "law", "'grid' or 'uniform'", repr(law))
     checks.require(on_fail in ("keep", "drop"), where, "on_fail", "'keep' or 'drop'", repr(on_fail))
+    checks.require(isinstance(key, Key), where, "key", "a Key", checks.shape_of(key))
     shared = overlap(a, b)
     checks.require(len(key) == len(shared.valid), where, "key", f"a key of {len(shared.valid)} ids", len(key))
     checks.require(key.ids.device == shared.valid.device, where, "key", f"on {shared.valid.device}", key.ids.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -79,14 +79,12 @@ class Plan:
     def __iter__(self) -> Iterator[Plan]:
         return (self[row] for row in range(len(self)))
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Plan:
+    def __getitem__(self, rows: SupportsIndex | slice | Sequence[int] | Tensor) -> Plan:
         """Some rows; one row keeps its axis."""
-        if isinstance(rows, int):
-            row = checks.index(rows, -len(self), len(self) - 1, "Plan", "row") % len(self) if len(self) else rows
-            if not len(self):
-                raise IndexError("Plan: an empty plan has no rows")
+        row = checks.row_of(rows, len(self), "Plan")
+        if row is not None:
             rows = slice(row, row + 1)
-        return self._with(*(table[rows] for table in self._tables))
+        return self._with(*(table[rows].contiguous() for table in self._tables))
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Plan:
         """The same plan on another device."""
@@ -120,8 +118,8 @@ class Plan:
             torch.tensor(record["crop"], dtype=torch.int32).reshape(n, views, 4),
             torch.tensor(record["flipped"], dtype=torch.bool).reshape(n, views),
             torch.tensor(record["source_size"], dtype=torch.int32).reshape(n, 2),
-            torch.tensor(record["ids"], dtype=torch.int64),
-            tuple((int(h), int(w)) for h, w in record["view_sizes"]),
+            checks.int64(record["ids"], "Plan.from_dict", "ids"),
+            tuple(checks.pair_of_sizes(size, "Plan.from_dict", "view_sizes") for size in record["view_sizes"]),
             record["seed"],
             record["epoch"],
         )
@@ -137,6 +135,8 @@ def plan_views(specs: Sequence[ViewSpec], sizes: checks.Numbers, ids: checks.Num
     >>> plan.view_sizes, plan.crop.shape
     (((224, 224), (112, 112)), torch.Size([1, 2, 4]))
     """
+    listed = isinstance(specs, Sequence) and all(isinstance(spec, ViewSpec) for spec in specs)
+    checks.require(listed, "plan_views", "specs", "a list of ViewSpec", checks.shape_of(specs))
     checks.require(len(specs) > 0, "plan_views", "specs", "at least one ViewSpec", "none")
     key = Key(seed, epoch, checks.int64(ids, "plan_views", "ids").cpu())
     table = checks.int64(sizes, "plan_views", "sizes").cpu()

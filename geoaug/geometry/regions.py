@@ -71,7 +71,7 @@ def visible(a: AxisAffine, n: int, size: tuple[int, int]) -> Bool[Tensor, "B reg
 
 def lookup(
     label_map: Integer[Tensor, "B H W"], points_in_source: Float[Tensor, "B *points 2"]
-) -> Integer[Tensor, "B *points"]:
+) -> Int64[Tensor, "B *points"]:
     """Nearest label of a map of the source, at any resolution, under each point; -1 outside the source.
 
     >>> lookup(torch.tensor([[[5, 6], [7, 8]]]), torch.tensor([[[0.9, 0.1], [0.2, 1.0], [1.2, 0.5]]]))
@@ -79,6 +79,7 @@ def lookup(
     """
     points = checks.floats(points_in_source, 2, "lookup", "points_in_source", "floating points [B, ..., 2]")
     _check_label_map(label_map, len(points), "lookup")
+    label_map = label_map.to(torch.int64)  # an unsigned map could not hold -1
     height, width = label_map.shape[1:]
     column, row = _axis_region(points[..., 0], width), _axis_region(points[..., 1], height)
     inside = (column >= 0) & (row >= 0)
@@ -87,7 +88,12 @@ def lookup(
 
 
 def _check_label_map(label_map: Tensor, batch: int, where: str) -> None:
-    ok = label_map.ndim == 3 and not label_map.is_floating_point() and min(label_map.shape[1:]) > 0
+    ok = (
+        isinstance(label_map, Tensor)
+        and label_map.ndim == 3
+        and not label_map.is_floating_point()
+        and min(label_map.shape[1:]) > 0
+    )
     ok = ok and len(label_map) == batch
     checks.require(ok, where, "label_map", f"integers [{batch}, H, W] with H, W >= 1", checks.shape_of(label_map))
 
@@ -117,6 +123,7 @@ def draw_points(
     checks.require(isinstance(a, AxisAffine) and a.scale.ndim == 2, where, "a", "maps [B]", type(a).__name__)
     slots, points = checks.index(slots, 1, 2**16, where, "slots"), checks.index(points, 1, 2**16, where, "points")
     batch, device = len(a.scale), a.scale.device
+    checks.require(isinstance(key, Key), where, "key", "a Key", checks.shape_of(key))
     checks.require(len(key) == batch, where, "key", f"a key of {batch} ids", len(key))
     checks.require(key.ids.device == device, where, "key", f"on {device}", key.ids.device)
     if isinstance(regions, Tensor) and not regions.is_floating_point():
@@ -142,8 +149,9 @@ def _rectangles(a: AxisAffine, regions: int | Tensor, cells: tuple[int, int]) ->
             boxes = boxes.new_zeros(len(boxes), 1, 4)
         rectangles = box_algebra.clip(a.boxes(box_algebra.clip(boxes)))
         h, w = checks.pair_of_sizes(cells, "draw_points", "cells")
-        first = (rectangles[..., :2] * rectangles.new_tensor((w, h)) - 0.5).ceil()  # first centre at or after the edge
-        last = rectangles[..., 2:] * rectangles.new_tensor((w, h)) - 0.5
+        across = checks.on_device((w, h), rectangles)
+        first = (rectangles[..., :2] * across - 0.5).ceil()  # first centre at or after the edge
+        last = rectangles[..., 2:] * across - 0.5
         return rectangles, (first < last).all(-1)
     n = checks.index(regions, 1, 2**10, "draw_points", "regions")
     corner = grids.cell_centers(n, n, device=a.scale.device) - 0.5 / n
@@ -166,7 +174,7 @@ def _from_labels(
     """Slots over the distinct labels under the view's cells, points over each label's cells."""
     h, w = checks.pair_of_sizes(cells, "draw_points", "cells")
     centers = grids.cell_centers(h, w, device=a.scale.device)
-    under = lookup(labels.to(torch.int64), (~a)(centers))  # [B, h*w]
+    under = lookup(labels, (~a)(centers))  # [B, h*w]
     ordered, order = under.sort(dim=1, stable=True)
     starts = torch.ones_like(ordered, dtype=torch.bool)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -101,13 +102,15 @@ class Key:
         checks.require(ids.ndim == 1, "Key", "ids", "one axis [B]", checks.shape_of(ids))
         object.__setattr__(self, "seed", checks.index(seed, 0, _LOW, "Key", "seed"))
         object.__setattr__(self, "epoch", checks.index(epoch, 0, _LOW, "Key", "epoch"))
-        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "ids", ids.contiguous())
         object.__setattr__(self, "path", tuple(path))
 
     def fold(self, name: str) -> Key:
         """An independent key for one operator call. Folds nest, do not commute, and survive `at_epoch`."""
         if not isinstance(name, str):
             raise TypeError(f"Key.fold: name must be a string, got {name!r}")
+        # "/" joins the path, so fold("a/b") would be fold("a").fold("b").
+        checks.require(name != "" and "/" not in name, "Key.fold", "name", "not empty and without '/'", repr(name))
         return replace(self, path=(*self.path, name))
 
     def at_epoch(self, epoch: int) -> Key:
@@ -118,15 +121,18 @@ class Key:
         """The same key with its ids, and so its draws, on another device."""
         return replace(self, ids=self.ids.to(device, non_blocking=non_blocking))
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Key:
+    def __getitem__(self, rows: SupportsIndex | slice | Sequence[int] | Tensor) -> Key:
         """The key of some rows; one row keeps its axis, [1]."""
-        return replace(self, ids=self.ids[[rows] if isinstance(rows, int) else rows])
+        row = checks.row_of(rows, len(self), "Key")
+        return replace(self, ids=self.ids[rows if row is None else slice(row, row + 1)])
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def tag(self, stream: str) -> int:
         """The third counter word: 4 bytes (little-endian) of BLAKE2b over the fold path and the stream."""
+        if not isinstance(stream, str):
+            raise TypeError(f"Key: stream must be a string, got {stream!r}")
         name = "/".join((*self.path, stream))
         return int.from_bytes(hashlib.blake2b(name.encode()).digest()[:4], "little")
 
@@ -160,6 +166,8 @@ class Key:
         """
         n = checks.index(n, 0, 2**31, "Key.integers", "n")
         if isinstance(high, Tensor):
+            whole = not high.is_floating_point() and high.dtype != torch.bool
+            checks.require(whole, "Key.integers", "high", "integers", checks.shape_of(high))
             if checks.values_visible(high):
                 ok = bool(((high >= 1) & (high <= 2**31)).all())
                 checks.require(ok, "Key.integers", "high", "in [1, 2^31]", "values outside")

@@ -43,10 +43,20 @@ class ViewSpec:
         checks.interval(self.scale, 0.0, 1.0, "ViewSpec", "scale")
         least, _ = checks.interval(self.ratio, 0.0, math.inf, "ViewSpec", "ratio")
         checks.require(least > 0, "ViewSpec", "ratio", "positive", self.ratio)
-        checks.require(0.0 <= self.flip <= 1.0, "ViewSpec", "flip", "a chance in [0, 1]", self.flip)
+        chance = isinstance(self.flip, (int, float)) and 0.0 <= self.flip <= 1.0
+        checks.require(chance, "ViewSpec", "flip", "a chance in [0, 1]", self.flip)
         checks.require(self.law in ("area", "side"), "ViewSpec", "law", "'area' or 'side'", repr(self.law))
         square = self.law == "area" or tuple(self.ratio) == _RATIO
         checks.require(square, "ViewSpec", "ratio", "left out with law='side', whose crops are square", self.ratio)
+        belongs = {"crop": "within", "like": "view", "center": "resize", "short_side": "max_size"}
+        known = self.kind in ("crop", "whole", "like", "center", "short_side")
+        checks.require(known, "ViewSpec", "kind", "left to the named constructors", repr(self.kind))
+        for name in ("within", "view", "resize", "max_size"):
+            mine = belongs.get(self.kind) == name
+            needed = mine and self.kind in ("like", "short_side")
+            given = getattr(self, name) is not None
+            fits = mine if given else not needed
+            checks.require(fits, "ViewSpec", name, f"left to the named constructors (kind {self.kind!r})", given)
         for name in ("within", "view"):
             if getattr(self, name) is not None:
                 checks.index(getattr(self, name), 0, 2**16, "ViewSpec", name)
@@ -79,9 +89,9 @@ class ViewSpec:
     @classmethod
     def short_side(cls, size: int, max_size: int) -> ViewSpec:
         """For evaluation of one image at a time: short side to `size` unless the long side would exceed `max_size`."""
-        spec = cls(size, flip=0.0, kind="short_side", max_size=max_size)
-        checks.index(max_size, spec.height_width[0], 2**24, "ViewSpec.short_side", "max_size")
-        return spec
+        size = checks.index(size, 1, 2**24, "ViewSpec.short_side", "size")
+        checks.index(max_size, size, 2**24, "ViewSpec.short_side", "max_size")
+        return cls(size, flip=0.0, kind="short_side", max_size=max_size)
 
     def view_size(self, sizes: npt.NDArray[np.int32]) -> tuple[int, int]:
         """(height, width) of this view for sources of sizes [N, 2]."""
