@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -58,6 +59,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _short(argument: str) -> str:
+    """The last two parts of a path: where a folder lies on this machine is nobody's business."""
+    return "/".join(Path(argument).parts[-2:]) if "/" in argument else argument
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, object]:
     """What the figures depend on."""
     versions = {}
@@ -76,7 +87,8 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": _commit(),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_short, sys.argv[1:])]),
     }
 
 
@@ -92,7 +104,13 @@ def save(name: str, title: str, rows: list[tuple[str, str]], raw: Mapping[str, o
         *(f"| {what} | {figure} |" for what, figure in rows),
     ]
     lines += ["", f"{about['cpu']}, {about['cores']} cores, AVX-512 {about['avx512']}, GPU {about['gpu']};"]
-    lines += [f"Python {about['python']}, {versions}; {about['date']}.", "", f"`{about['command']}`", ""]
+    lines += [
+        f"Python {about['python']}, {versions}; {about['date']},",
+        f"commit {about['commit']}.",
+        "",
+        f"`{about['command']}`",
+        "",
+    ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines))
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": about, **raw}, indent=1) + "\n")

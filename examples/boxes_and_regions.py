@@ -41,7 +41,7 @@ def main() -> None:
     where, ids, _ = geoaug.regions.draw_points(a, 4, 16, 8, key=plan.key.fold("points"))
     print(f"view 1 sees regions {seen} of the 4 x 4 grid; 16 slots of 8 points fell into {len(ids.unique())} of them")
     tinted = [viz.source_grid(view, plan.view_from_source[0, v], 4) for v, view in enumerate(views[:2])]
-    tinted[1] = viz.points(tinted[1], where[0], ids[0])
+    tinted[1] = viz.points(tinted[1], where[0], ids[0], rim=(255, 255, 255))
 
     sheet = viz.below([viz.beside(with_boxes), viz.beside(tinted)])
     print(f"wrote {viz.save(sheet, args.out / 'boxes_and_regions.png')}")

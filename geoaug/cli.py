@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,27 +84,42 @@ def inspect(args: argparse.Namespace) -> int:
     """Write pictures and a page of a recipe on the user's images."""
     recipe = recipes.recipe(args.preset)
     recipe = recipe if args.size is None else recipe.at(args.size)
-    written = inspection.make_pages(
-        args.path, recipe, args.out, images=args.images, seed=args.seed, where=args.photographs
-    )
-    print(f"inspect: wrote {' and '.join(str(path) for path in written)}: {args.preset}, 0 failures")
+    options = {"count": args.count, "seed": args.seed, "images": args.images, "proposals": args.proposals}
+    written = inspection.make_pages(args.path, recipe, args.out, **options)
+    files = " and ".join(str(path) for path in written.paths)
+    kinds = Counter(kind for kind, _ in written.failures.values())
+    print(f"inspect: wrote {files}: {args.preset} on {written.images} images, {_failures(kinds)}")
     return 0
+
+
+def _failures(kinds: Counter[str]) -> str:
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return f"{kinds.total()} failures" + (f" ({listed})" if listed else "")
 
 
 def stats(args: argparse.Namespace) -> int:
     """Print what the geometry of a recipe amounts to."""
     recipe = recipes.recipe(args.preset)
+    boxes = valid = None
+    failed: list[str] = []
     if args.data is None:
-        sizes = np.tile([[480, 640], [480, 640], [640, 480]], (-(-args.images // 3), 1))[: args.images]
+        sizes = np.tile([[480, 640], [480, 640], [640, 480]], (-(-args.count // 3), 1))[: args.count]
         print(f"{args.preset} on {len(sizes):,} made-up images, two of three 640 x 480 and one 480 x 640")
     else:
-        sizes = inspection.sizes_of(args.data, args.photographs)
+        sizes, failed, source = inspection.sizes_of(args.data, args.images)
+        boxes, valid = inspection.boxes_of(source, args.proposals)
+        known = sizes[:, 0] > 0
+        sizes, boxes, valid = sizes[known][: args.count], boxes[known][: args.count], valid[known][: args.count]
         print(f"{args.preset} on the sizes of {len(sizes):,} images of {args.data}")
-    rows = inspection.stats(recipe, sizes, seed=args.seed)
+    rows = inspection.stats(recipe, sizes, seed=args.seed, boxes=boxes, valid=valid)
     width = max(len(what) for what, _ in rows)
     for what, figure in rows:
         print(f"{what:<{width}}  {figure}")
-    print(f"stats: {len(sizes):,} images planned, 0 failures")
+    for name in failed[:10]:
+        print(f"not an image: {name}", file=sys.stderr)
+    print(
+        f"stats: {len(sizes):,} images planned, {_failures(Counter({'not an image': len(failed)} if failed else {}))}"
+    )
     return 0
 
 
@@ -116,17 +132,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     look.add_argument("path", type=Path, help="a folder of images, a list of paths, or a COCO json")
     look.add_argument("--out", type=Path, default=Path("runs/inspect"), help="folder for the page and the sheet")
     look.add_argument("--size", type=int, default=None, help="size of the largest view, instead of the recipe's")
-    count = commands.add_parser("stats", help="overlaps, valid cells and box sizes of a recipe; touches no pixel")
-    count.add_argument("--data", type=Path, default=None, help="take the images' sizes from here")
-    for command, images in ((look, 4), (count, 30_000)):
+    numbers = commands.add_parser("stats", help="overlaps, valid cells and box sizes of a recipe; touches no pixel")
+    numbers.add_argument("--data", type=Path, default=None, help="take the images' sizes from here")
+    for command, count in ((look, 4), (numbers, 30_000)):
         command.add_argument("--preset", default="scrl", choices=list(recipes.RECIPES), help="whose recipe")
-        command.add_argument("--images", type=int, default=images, help="how many images")
-        command.add_argument("--photographs", type=Path, default=None, help="where a list's or json's images lie")
+        command.add_argument("--count", type=int, default=count, help="at most so many images")
+        command.add_argument("--images", type=Path, default=None, help="where a list's or json's photographs lie")
+        command.add_argument(
+            "--proposals", type=Path, default=None, help="a store of proposals to show instead of objects"
+        )
         command.add_argument("--seed", type=int, default=0, help="another seed, other views")
     args = parser.parse_args(arguments)
     try:
-        if args.command != "doctor" and args.images < 1:
-            raise ValueError(f"--images must be at least 1, got {args.images}")
+        if args.command != "doctor" and args.count < 1:
+            raise ValueError(f"--count must be at least 1, got {args.count}")
         return {"doctor": lambda _: doctor(), "inspect": inspect, "stats": stats}[args.command](args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"geoaug {args.command}: {error}", file=sys.stderr)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,16 @@ from .geometry import boxes as box_algebra
 from .geometry import grids, pairs, regions
 from .geometry.affine import AxisAffine
 from .geometry.plan import Plan, plan_views
-from .loading.batch import Batch
+from .geometry.rng import Key
+from .loading.batch import Batch, pad_boxes
 from .loading.decode import read_image
 from .loading.loader import open_loader
-from .loading.source import open_source
+from .loading.source import Source, open_source
 from .pixels.color import color
+from .proposals.store import ProposalStore
 from .recipes import Recipe
 
-_SHOWN = 320  # pixels a view is enlarged to, at least
+_SHOWN = 448  # pixels a view is enlarged to, at least
 
 
 def _pair(plan: Plan, recipe: Recipe) -> tuple[AxisAffine, AxisAffine]:
@@ -47,8 +48,8 @@ def rows_of(batch: Batch, recipe: Recipe, source: Tensor, row: int) -> list[tupl
     rows = [("source with its crops, views as cropped", viz.beside([shown, *views]))]
 
     painted = []
-    for name, view, spec in zip(recipe.names, batch.images, recipe.colors, strict=True):
-        kept = color(view[row : row + 1], replace(spec, mean=0.0, std=1.0), batch.plan.key[row].fold(name))
+    for draw, view, spec in zip(recipe.draws, batch.images, recipe.colors, strict=True):
+        kept = color(view[row : row + 1], replace(spec, mean=0.0, std=1.0), batch.plan.key[row].fold(draw))
         seen = (kept[0] * 255).round().clamp(0, 255).to(torch.uint8)
         painted.append(viz.enlarge(seen, max(1, -(-_SHOWN // view.shape[-1]))))
     rows.append(("views as the network sees them, before normalising", viz.beside(painted)))
@@ -82,28 +83,54 @@ def rows_of(batch: Batch, recipe: Recipe, source: Tensor, row: int) -> list[tupl
             view_map = plan.view_from_source[:, v]
             at, ids, _ = regions.draw_points(view_map, recipe.regions, recipe.slots, recipe.points, key=key.fold(name))
             tint = viz.source_grid(views[v], plan.view_from_source[0, v], recipe.regions)
-            tinted.append(viz.points(tint, at[0], ids[0], radius=3))
+            tinted.append(viz.points(tint, at[0], ids[0], radius=4, rim=(255, 255, 255)))
         title = f"regions of a {recipe.regions} x {recipe.regions} grid on the source, and points drawn in them"
         rows.append((title, viz.beside(tinted)))
     return rows
 
 
+@dataclass(frozen=True)
+class Written:
+    """What `make_pages` wrote, of how many images, and what it could not read (name: kind and reason)."""
+
+    paths: list[Path]
+    images: int
+    failures: dict[str, tuple[str, str]]
+
+
 def make_pages(
-    path: Path | str, recipe: Recipe, out: Path, *, images: int, seed: int, where: Path | None
-) -> list[Path]:
-    """Write `inspect.html` and a contact sheet of a source's first images under a recipe; gives both paths."""
-    with open_loader(
-        path, recipe.views, batch_size=1, seed=seed, workers=0, order="file", images=where, on_error="raise"
-    ) as loader:
-        samples = [(batch, read_image(loader.source.root / batch.names[0])[0]) for batch in islice(loader, images)]
+    path: Path | str,
+    recipe: Recipe,
+    out: Path,
+    *,
+    count: int,
+    seed: int,
+    images: Path | None = None,
+    proposals: Path | None = None,
+) -> Written:
+    """Write `inspect.html` and a contact sheet of a source's first readable images under a recipe."""
     sections: list[tuple[str, str, Tensor | None]] = [("", describe(recipe), None)]
-    sheet = []
-    for batch, source in samples:
-        rows = rows_of(batch, recipe, source.permute(2, 0, 1), 0)
-        sections += [(batch.names[0] if i == 0 else "", title, picture) for i, (title, picture) in enumerate(rows)]
-        sheet += [picture for _, picture in rows]
-    return [viz.page(f"geoaug inspect: {recipe.about}", sections, out / "inspect.html"),
-            viz.save(viz.below(sheet), out / "inspect.png")]  # fmt: skip
+    sheet: list[Tensor] = []
+    shown = 0
+    with open_loader(
+        path, recipe.views, batch_size=1, seed=seed, workers=0, order="file", images=images, proposals=proposals,
+        on_error="mask",
+    ) as loader:  # fmt: skip
+        for batch in loader:
+            if not batch.ok.all():
+                continue
+            source, _ = read_image(loader.source.root / batch.names[0])
+            rows = rows_of(batch, recipe, source.permute(2, 0, 1), 0)
+            sections += [(batch.names[0] if i == 0 else "", title, picture) for i, (title, picture) in enumerate(rows)]
+            sheet += [picture for _, picture in rows]
+            shown += 1
+            if shown == count:
+                break
+        failures = dict(loader.failures)
+    if not shown:
+        raise ValueError(f"none of the images of {path} could be read, such as {next(iter(failures.items()))}")
+    paths = [viz.page(f"geoaug inspect: {recipe.about}", sections, out / "inspect.html")]
+    return Written([*paths, viz.save(viz.below(sheet), out / "inspect.png")], shown, failures)
 
 
 def describe(recipe: Recipe) -> str:
@@ -119,8 +146,18 @@ def describe(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def stats(recipe: Recipe, sizes: npt.NDArray[np.int64], *, seed: int = 0) -> list[tuple[str, str]]:
-    """What the geometry of a recipe amounts to over images of sizes [N, 2]; no pixel is touched."""
+def stats(
+    recipe: Recipe,
+    sizes: npt.NDArray[np.int64],
+    *,
+    seed: int = 0,
+    boxes: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> list[tuple[str, str]]:
+    """What the geometry of a recipe amounts to over images of sizes [N, 2]; no pixel is touched.
+
+    With boxes [N, M, 4] in source units and valid [N, M]: how large they are and how much of them the views show.
+    """
     plan = plan_views(recipe.views, sizes, np.arange(len(sizes)), seed=seed, epoch=0)
     a, b = _pair(plan, recipe)
     shared = pairs.overlap(a, b)
@@ -151,6 +188,13 @@ def stats(recipe: Recipe, sizes: npt.NDArray[np.int64], *, seed: int = 0) -> lis
             sides = (boxes[..., 2:] - boxes[..., :2]) * torch.tensor([width, height]) / recipe.stride
             title = f"sides of matched boxes in view {name}, in cells of {recipe.stride} px"
             rows.append((title, quantiles(sides[valid])))
+    if boxes is not None and valid is not None and valid.any():
+        for v, name in enumerate(recipe.names):
+            in_view = plan.view_from_source[:, v].boxes(boxes)[valid]
+            height, width = plan.view_sizes[v]
+            sides = (in_view[:, 2:] - in_view[:, :2]) * torch.tensor([width, height]) / recipe.stride
+            rows.append((f"{name}: sides of boxes, in cells of {recipe.stride} px", quantiles(sides.flatten())))
+            rows.append((f"{name}: visible share of boxes", quantiles(box_algebra.visible_fraction(in_view))))
     if recipe.regions:
         n = recipe.regions
         seen = [regions.visible(view, n, (56, 56)) for view in (a, b)]
@@ -169,15 +213,33 @@ def quantiles(values: Tensor) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def sizes_of(path: Path | str, where: Path | None = None) -> npt.NDArray[np.int64]:
-    """Sizes [N, 2] of the images of a source, from its json or from the files' headers alone."""
+def sizes_of(path: Path | str, images: Path | None = None) -> tuple[npt.NDArray[np.int64], list[str], Source]:
+    """Sizes [N, 2] of the images of a source, from its json or the files' headers; names that could not be read."""
     from PIL import Image
 
-    source = open_source(path, where)
+    source = open_source(path, images)
     if source.objects is not None:
-        return source.objects.sizes.astype(np.int64)
-    sizes = []
+        return source.objects.sizes.astype(np.int64), [], source
+    sizes, failed = [], []
     for name in source.names:
-        with Image.open(source.root / name) as image:
-            sizes.append((image.height, image.width))
-    return np.array(sizes, dtype=np.int64)
+        try:
+            with Image.open(source.root / name) as image:
+                sizes.append((image.height, image.width))
+        except Exception:  # Pillow raises many kinds of a file that is no image
+            sizes.append((0, 0))
+            failed.append(name)
+    return np.array(sizes, dtype=np.int64), failed, source
+
+
+def boxes_of(source: Source, proposals: Path | None, slots: int = 64) -> tuple[Tensor, Tensor]:
+    """The boxes [N, slots, 4] a loader would give, in source units, and valid [N, slots]."""
+    key = Key(0, 0, source.ids)
+    if proposals is not None:
+        return ProposalStore.open(proposals).padded(key.ids, slots, key=key)
+    objects = source.objects
+    if objects is None:
+        return torch.zeros(len(source), slots, 4), torch.zeros(len(source), slots, dtype=torch.bool)
+    owned = [slice(*pair) for pair in zip(objects.offsets[:-1], objects.offsets[1:], strict=True)]
+    boxes, labels = [objects.boxes[own] for own in owned], [objects.labels[own] for own in owned]
+    padded, valid, _ = pad_boxes(boxes, labels, slots, key)
+    return padded, valid

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .geometry import checks
 from .geometry.views import ViewSpec
 from .pixels.color_spec import ColorSpec
 
@@ -16,12 +17,16 @@ BYOL_1, BYOL_2, MOCO_V2, PICIE = ColorSpec.BYOL_1, ColorSpec.BYOL_2, ColorSpec.M
 
 @dataclass(frozen=True)
 class Recipe:
-    """Views with their names and colours; `pair` are the two views that are compared; zeros are not asked for."""
+    """Views with their names and colours; `pair` are the two views that are compared; zeros are not asked for.
+
+    `draws` names the colour draw of each view, the fold of its key: views of one draw share their colours.
+    """
 
     about: str
     names: tuple[str, ...]
     views: tuple[ViewSpec, ...]
     colors: tuple[ColorSpec, ...]
+    draws: tuple[str, ...] = ()  # left out: one of its own for each view
     pair: tuple[int, int] = (0, 1)
     stride: int = 32  # pixels of a view per cell of the feature map that is read
     matched: int = 0  # matched boxes per image (SCRL)
@@ -32,8 +37,12 @@ class Recipe:
     slots: int = 0  # region slots per view
     points: int = 0  # points per slot
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "draws", self.draws or self.names)
+
     def at(self, size: int) -> Recipe:
         """The same recipe with its largest views at another size, the others in proportion."""
+        size = checks.index(size, 1, 2**16, "Recipe.at", "size")
         largest = max(side for view in self.views for side in view.height_width)
 
         def scaled(view: ViewSpec) -> ViewSpec:
@@ -67,6 +76,7 @@ RECIPES: dict[str, Recipe] = {
         ("v1", "v2", "v3"),
         (ViewSpec.whole(224, flip=0.5), ViewSpec(224, scale=(0.5, 1.0)), ViewSpec.like(1, 112)),
         (BYOL_1, BYOL_2, BYOL_2),
+        draws=("v1", "v2", "v2"),
         proposals=4,
     ),
     "d3ssl": Recipe(  # flips, colours and K are our choice
@@ -74,6 +84,7 @@ RECIPES: dict[str, Recipe] = {
         ("x1", "x2", "x2 small"),
         (ViewSpec.whole(224, flip=0.5), ViewSpec(224, scale=(0.4, 1.0)), ViewSpec.like(1, 112)),
         (BYOL_1, BYOL_2, BYOL_2),
+        draws=("x1", "x2", "x2"),  # the small copy is of the coloured view
         stride=16,
         proposals=4,
     ),

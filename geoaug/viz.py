@@ -61,9 +61,11 @@ def boxes(
     """Outlines of boxes, slot k in the same colour in every picture; slots that are not valid are left out."""
     from PIL import ImageFont
 
-    font = ImageFont.load_default(6 + 5 * width)
+    tall = 6 + 5 * width
+    font = ImageFont.load_default(tall)
 
     def draw(canvas: ImageDraw, w: int, h: int) -> None:
+        taken: list[tuple[float, float]] = []
         for k, (x0, y0, x1, y1) in enumerate(xyxy.tolist()):
             if valid is not None and not valid[k]:
                 continue
@@ -71,14 +73,11 @@ def boxes(
                 (x0 * w, y0 * h, max(x0 * w, x1 * w - 1), max(y0 * h, y1 * h - 1)), None, color_of(k), width
             )
             if labels is not None:
-                canvas.text(
-                    (x0 * w + width + 1, y0 * h + width),
-                    labels[k],
-                    fill=color_of(k),
-                    stroke_width=1,
-                    stroke_fill=0,
-                    font=font,
-                )
+                x, y = x0 * w + width + 1, y0 * h + width
+                while any(abs(x - a) < 60 and abs(y - b) < tall for a, b in taken):
+                    y += tall + 2  # below the label that stands there already
+                taken.append((x, y))
+                canvas.text((x, y), labels[k], fill=color_of(k), stroke_width=1, stroke_fill=0, font=font)
 
     return _drawn(picture, draw)
 
@@ -90,14 +89,15 @@ def points(
     valid: Bool[Tensor, " P"] | None = None,
     *,
     radius: float = 5.0,
+    rim: tuple[int, int, int] = (0, 0, 0),
 ) -> Picture:
-    """Dots, coloured by id (by their own index without ids)."""
+    """Dots, coloured by id (by their own index without ids), with a thin rim."""
 
     def draw(canvas: ImageDraw, w: int, h: int) -> None:
         for p, (x, y) in enumerate(xy.tolist()):
             if valid is None or valid[p]:
                 at = (x * w - radius, y * h - radius, x * w + radius, y * h + radius)
-                canvas.ellipse(at, fill=color_of(p if ids is None else int(ids[p])), outline=(0, 0, 0))
+                canvas.ellipse(at, fill=color_of(p if ids is None else int(ids[p])), outline=rim)
 
     return _drawn(picture, draw)
 
@@ -202,5 +202,5 @@ def page(title: str, sections: Sequence[tuple[str, str, Picture | None]], path: 
             parts.append(f"<img alt='{html.escape(heading or text)}' src='data:image/png;base64,{data}'>")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join([*parts, "</html>", ""]), encoding="utf-8")
+    target.write_text("\n".join([*parts, "</html>", ""]), encoding="utf-8", errors="backslashreplace")
     return target

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from geoaug import inspection, plan_views, recipes, viz
+from geoaug import ProposalStore, inspection, plan_views, recipes, viz
 from geoaug.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("preset", recipes.RECIPES)
 def test_inspect_writes_a_page_and_a_sheet(folder, tmp_path, capsys, preset):
     arguments = ["inspect", str(folder / "instances.json"), "--out", str(tmp_path), "--preset", preset]
-    assert main([*arguments, "--images", "2", "--size", "64"]) == 0
+    assert main([*arguments, "--count", "2", "--size", "64"]) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("inspect: wrote ")
     page = (tmp_path / "inspect.html").read_text()
     assert page.count("data:image/png;base64,") >= 6
@@ -44,13 +44,12 @@ def test_inspect_writes_a_page_and_a_sheet(folder, tmp_path, capsys, preset):
 
 @pytest.mark.parametrize("preset", recipes.RECIPES)
 def test_stats_touch_no_pixel(folder, capsys, preset):
-    assert main(["stats", "--preset", preset, "--images", "300"]) == 0
-    assert (
-        main(["stats", "--preset", preset, "--data", str(folder / "instances.json"), "--photographs", str(folder)]) != 2
-    )
+    assert main(["stats", "--preset", preset, "--count", "300"]) == 0
+    assert main(["stats", "--preset", preset, "--data", str(folder / "instances.json")]) == 0
     out = capsys.readouterr().out
     assert "pairs without overlap" in out
-    assert "stats: 300 images planned" in out
+    assert "stats: 300 images planned, 0 failures" in out
+    assert "sides of boxes, in cells of" in out
 
 
 def test_stats_count_what_is_there():
@@ -66,8 +65,8 @@ def test_stats_count_what_is_there():
 
 
 def test_sizes_come_from_headers(folder):
-    assert inspection.sizes_of(folder).tolist() == [[60, 80], [60, 81], [60, 82]]
-    assert inspection.sizes_of(folder / "instances.json").tolist() == [[60, 80], [60, 81], [60, 82]]
+    for path in (folder, folder / "instances.json"):
+        assert inspection.sizes_of(path)[0].tolist() == [[60, 80], [60, 81], [60, 82]]
 
 
 def test_doctor_names_what_is_there_and_what_is_missing(capsys, monkeypatch):
@@ -89,7 +88,8 @@ def test_doctor_fails_when_the_core_is_broken(capsys, monkeypatch):
     ("arguments", "code", "message"),
     [
         (["inspect", "nowhere"], 1, "geoaug inspect: open_loader: path must be a folder"),
-        (["stats", "--images", "0"], 1, "--images must be at least 1, got 0"),
+        (["stats", "--count", "0"], 1, "--count must be at least 1, got 0"),
+        (["inspect", ".", "--size", "0"], 1, "Recipe.at: size must be an integer in [1, 65536], got 0"),
     ],
 )
 def test_failures_are_one_line(capsys, arguments, code, message):
@@ -114,9 +114,43 @@ def test_recipes_at_another_size():
         recipes.recipe("dino")
 
 
-def test_two_views_of_a_recipe_never_share_a_fold():
+def test_only_copies_of_a_view_share_its_colours():
     for recipe in recipes.RECIPES.values():
         assert len(set(recipe.names)) == len(recipe.names) == len(recipe.views) == len(recipe.colors)
+        for i, view in enumerate(recipe.views):
+            same = [j for j in range(i) if recipe.draws[j] == recipe.draws[i]]
+            assert same in ([], [view.view])
+    assert recipes.recipe("d3ssl").draws == ("x1", "x2", "x2")
+
+
+@pytest.fixture
+def spoiled(folder, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    (tmp_path / "b.jpg").write_bytes((folder / "images" / "0.jpg").read_bytes())
+    return tmp_path
+
+
+def test_an_unreadable_image_is_counted_and_the_next_one_shown(spoiled, capsys):
+    out = spoiled.with_name(f"{spoiled.name}_out")
+    assert main(["inspect", str(spoiled), "--out", str(out), "--size", "32"]) == 0
+    assert capsys.readouterr().out.strip().endswith("scrl on 1 images, 1 failures (1 undecodable)")
+    assert main(["stats", "--data", str(spoiled)]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip().endswith("stats: 1 images planned, 1 failures (1 not an image)")
+    assert told.err.strip() == "not an image: a.jpg"
+
+
+def test_proposals_are_shown_and_counted(folder, tmp_path, capsys):
+    box = np.array([[8, 6, 40, 36]], dtype=np.uint16)
+    records = [(f"{i}.jpg", (60, 80 + i), box) for i in range(3)]
+    ProposalStore.write(tmp_path / "store", records)
+    options = ["--proposals", str(tmp_path / "store"), "--preset", "soco"]
+    assert main(["inspect", str(folder), "--out", str(tmp_path), "--size", "32", *options]) == 0
+    assert "boxes of the source, followed" in (tmp_path / "inspect.html").read_text()
+    assert main(["stats", "--data", str(folder), *options]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "sides of boxes" in line)
+    middle = float(lines["v1: sides of boxes, in cells of 32 px"].split()[0])
+    assert middle == pytest.approx((32 / 81 * 7 + 30 / 60 * 7) / 2, rel=0.2)
 
 
 def test_boxes_are_drawn_where_they_are():

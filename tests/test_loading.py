@@ -1,9 +1,13 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -148,6 +152,43 @@ def test_state_after_an_epoch_is_the_start_of_the_next(folder):
     assert {n for b in first for n in b.names} != {n for b in second for n in b.names}  # another 6 are dropped
 
 
+def test_a_look_at_the_first_batch_does_not_lose_a_restored_position(folder):
+    with open_loader(folder, SPECS, batch_size=4, seed=0, workers=0) as loader:
+        whole = list(loader)
+    with open_loader(folder, SPECS, batch_size=4, seed=0, workers=0) as loader:
+        state = {**loader.state_dict(), "epoch": 0, "step": 2}
+        loader.load_state_dict(state)
+        assert same(next(iter(loader)), whole[2])
+        rest = list(loader)
+        assert len(rest) == 3
+        assert same(rest[0], whole[2])
+        assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (1, 0)
+        assert len(list(loader)) == 5
+
+
+def test_the_batch_yielded_last_is_the_state(folder):
+    with open_loader(folder, SPECS, batch_size=4, seed=0, workers=0) as loader:
+        iterator = iter(loader)
+        next(iterator), next(iterator)
+        next(iter(loader))  # a peek
+        next(iterator)
+        assert loader.state_dict()["step"] == 3
+        iter(loader)  # made and never run
+        assert loader.state_dict()["step"] == 3
+
+
+def test_a_state_at_the_end_of_an_epoch_leads_to_the_next(folder):
+    with open_loader(folder, SPECS, batch_size=4, seed=0, workers=0) as loader:
+        for _ in zip(range(5), loader, strict=False):
+            pass
+        state = loader.state_dict()
+        assert state["step"] == 5
+    with open_loader(folder, SPECS, batch_size=4, seed=0, workers=0) as loader:
+        loader.load_state_dict(state)
+        assert list(loader) == []
+        assert len(list(loader)) == 5
+
+
 def test_peeking_starts_at_the_front_again(folder):
     with open_loader(folder, SPECS, batch_size=8, seed=0, workers=0) as loader:
         assert same(next(iter(loader)), next(iter(loader)))
@@ -227,6 +268,7 @@ def test_a_folder_a_list_and_a_json_give_the_same_images(folder, coco, tmp_path)
     (folder / "images" / "own.txt").unlink()
     for other in batches[1:]:
         assert other.names == batches[0].names
+        assert torch.equal(other.label, batches[0].label)
         assert all(torch.equal(x, y) for x, y in zip(batches[0].images, other.images, strict=True))
 
 
@@ -248,7 +290,7 @@ def test_boxes_and_labels_of_a_json(coco, caplog):
     row = batch.names.index("cats/001.jpg")
     clipped = torch.tensor([0.0, 30 / 43, 45 / 88, 1.0])
     assert torch.allclose(batch.boxes[row, batch.box_valid[row]][-1], clipped)
-    assert (batch.label == -1).all()
+    assert batch.label.tolist() == [0 if name.startswith("cats") else 1 for name in batch.names]
 
 
 def test_more_candidates_than_slots_are_drawn_anew_each_epoch_and_keep_their_order(coco):
@@ -352,7 +394,7 @@ def test_broken_files_are_raised_with_name_and_reason(broken):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_files_are_masked_counted_and_named(broken, workers):
+def test_broken_files_are_masked_counted_and_named(broken, workers, caplog):
     with open_loader(broken, SPECS, batch_size=5, seed=0, workers=workers, on_error="mask") as loader:
         batch = next(iter(loader))
     assert [name for name, ok in zip(batch.names, batch.ok, strict=True) if ok] == ["good.jpg"]
@@ -360,6 +402,36 @@ def test_broken_files_are_masked_counted_and_named(broken, workers):
     assert batch.images[0][batch.ok].any()
     assert {name: kind for name, (kind, _) in loader.failures.items()} == KINDS
     assert dict(loader.report) == {"read": 1, "empty": 1, "undecodable": 2, "damaged": 1}
+    for kind in ("empty", "undecodable", "damaged"):
+        assert len([r for r in caplog.records if f": {kind}: " in r.message]) == 1  # the first of each kind
+
+
+def test_masked_rows_have_no_boxes_and_no_labels(coco, tmp_path):
+    where = tmp_path / "images"
+    shutil.copytree(coco.parent / "images", where)
+    (where / "cats" / "004.jpg").write_bytes(b"spoiled")
+    options = {"on_error": "mask", "label_map": "instance", "batch_size": 22, "order": "file", "images": where}
+    with open_loader(coco, SPECS, seed=0, workers=0, **options) as loader:
+        (batch,) = loader
+    row = batch.names.index("cats/004.jpg")
+    assert batch.ok.tolist() == [i != row for i in range(22)]
+    assert not batch.box_valid[row].any()
+    assert (batch.label_map[row] == -1).all()
+    assert (batch.label_map[batch.ok] >= 0).any()
+
+
+def test_an_epoch_with_failures_ends_with_a_summary(broken, caplog):
+    with open_loader(broken, SPECS, batch_size=5, seed=0, workers=0, on_error="mask") as loader:
+        list(loader)
+    assert "after epoch 0: 1 images read; {" in caplog.text
+
+
+def test_a_mask_that_cannot_be_read_fails_its_image(coco, tmp_path):
+    record = json.loads(coco.read_text())
+    record["annotations"][0]["segmentation"] = {"size": [3, 3], "counts": [4, 5]}
+    (tmp_path / "bad.json").write_text(json.dumps(record))
+    with pytest.raises(LoadError, match=r"cats/001.jpg: mask: "):
+        epoch(tmp_path / "bad.json", images=coco.parent / "images", label_map="semantic", batch_size=22)
 
 
 def test_without_verify_what_the_decoder_only_warns_about_is_taken(broken):
@@ -373,6 +445,46 @@ def test_what_others_write_to_stderr_is_left_alone(broken, capfd):
     read_image(broken / "good.jpg")
     print("still here", file=sys.stderr)
     assert capfd.readouterr().err == "still here\n"
+
+
+def test_many_threads_may_read_and_talk(folder, capfd):
+    paths = [path for path in (folder / "images").rglob("*.jpg")] * 10
+    stop = threading.Event()
+
+    def talk():
+        while not stop.is_set():
+            os.write(2, b"harmless line\n")
+            time.sleep(0.0005)
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            images = list(pool.map(lambda path: read_image(path)[0], paths))
+    finally:
+        stop.set()
+        talker.join()
+    assert all(image.numel() for image in images)
+    print("after", file=sys.stderr)
+    heard = capfd.readouterr().err.splitlines()
+    assert heard[-1] == "after"
+    assert set(heard[:-1]) == {"harmless line"}
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "webp"])
+def test_a_damaged_picture_never_ends_the_process(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    g = np.random.default_rng(0)
+    Image.fromarray(g.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path)
+    data = path.read_bytes()
+    refused = 0
+    for at in range(8, len(data), max(1, len(data) // 60)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+        try:
+            read_image(path)
+        except ReadError:  # any other kind of error fails the test
+            refused += 1
+    assert refused > 0
 
 
 def test_missing_images(coco, tmp_path):
@@ -475,6 +587,17 @@ def test_workers_end_with_an_abandoned_iteration(folder):
     loader.close()
 
 
+def test_dropped_iterations_do_not_pile_up(folder):
+    import multiprocessing
+
+    with open_loader(folder, SPECS, batch_size=4, seed=0, workers=2) as loader:
+        for e in range(3):
+            loader.set_epoch(e)
+            for _ in loader:
+                break
+            assert len(multiprocessing.active_children()) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -534,3 +657,20 @@ def test_a_state_of_another_run_is_refused(our_errors, folder):
         pytest.raises(ValueError, match=r"Loader\.load_state_dict: seed must be the loader's own, 1, got 0"),
     ):
         loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 99}, "step must be an integer in"),
+        ({"step": -1}, "step must"),
+        ({"order": "file"}, "order must be the"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(our_errors, folder, change, message):
+    with open_loader(folder, SPECS, batch_size=8, seed=0, workers=0) as loader:
+        state = loader.state_dict() | change
+        with pytest.raises(ValueError, match=message):
+            loader.load_state_dict(state)
+        with pytest.raises(TypeError, match="step must be an integer, got None"):
+            loader.load_state_dict({k: v for k, v in loader.state_dict().items() if k != "step"})

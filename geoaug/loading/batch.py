@@ -16,10 +16,13 @@ from ..geometry.rng import Key
 
 @dataclass
 class Batch:
-    """One rank's part of a global batch: B samples, V views, M box slots. Rows that could not be read have ok = False.
+    """One rank's part of a global batch: B samples, V views, M box slots.
 
-    Boxes are in unit coordinates of the source, so `batch.plan.view_from_source[:, v].boxes(batch.boxes)` is where they
-    lie in view v. Unknown labels are -1. `plan.key` is at the epoch the views were planned in, `key` at the loader's.
+    Rows that could not be read have ok = False, black views, no boxes, and the plan of a one-pixel source; what is
+    computed from their plan means nothing, so a loss takes `valid & batch.ok[:, None]`. Boxes are in unit coordinates
+    of the source, so `batch.plan.view_from_source[:, v].boxes(batch.boxes)` is where they lie in view v. Unknown labels
+    are -1. An instance in `label_map` is counted among its image's objects, crowds left out: its slot, unless there are
+    more objects than slots. `plan.key` is at the epoch the views were planned in, `key` at the loader's.
     """
 
     images: list[UInt8[Tensor, "B 3 _h _w"]]
@@ -46,7 +49,7 @@ class Batch:
         return Batch(**moved)
 
     def pin_memory(self) -> Batch:
-        """The same batch with its pixels in page-locked memory (called by torch's DataLoader)."""
+        """The same batch with its pixels in page-locked memory."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{**moved, "images": [image.pin_memory() for image in self.images]})
 

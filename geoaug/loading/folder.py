@@ -24,7 +24,7 @@ from ..geometry.views import ViewSpec
 from ..pixels.render import render_rows
 from .batch import Batch, pad_boxes
 from .decode import ReadError, read_image
-from .label_maps import label_map_of
+from .label_maps import MaskError, label_map_of
 from .order import PADDING
 
 
@@ -79,22 +79,29 @@ class Tasks(torch.utils.data.Dataset[Worked]):
     def __getitem__(self, task: Task) -> Worked:
         failures: list[tuple[str, str, str]] = []
         notes: Counter[str] = Counter()
-        images: list[Tensor | None] = []
+        images: list[Tensor | None] = [None] * len(task.names)
+        maps = None
+        if self.label_map is not None:
+            maps = np.full((len(task.names), *self.label_map_size), -1, dtype=np.int64)
         for row, name in enumerate(task.names):
-            image = None
-            if task.ids[row] != PADDING:
-                try:
-                    image, found = self._read(task, row)
-                    notes.update(found)
-                except ReadError as error:
-                    failures.append((name, error.kind, error.reason))
-            images.append(image)
+            if task.ids[row] == PADDING:
+                continue
+            try:
+                image, found = self._read(task, row)
+                if maps is not None:
+                    maps[row] = self._label_map(task, row)
+            except ReadError as error:
+                failures.append((name, error.kind, error.reason))
+            else:
+                images[row] = image
+                notes.update(found)
         ok = torch.tensor([image is not None for image in images])
         sizes = np.array([(1, 1) if image is None else image.shape[:2] for image in images]).reshape(-1, 2)
         plan = plan_views(self.specs, sizes, task.ids, seed=self.seed, epoch=task.planned)
         views, padded = ([], self._pad(images)) if self.on_device else (self._render(images, plan), None)
         key = Key(self.seed, task.epoch, plan.ids)
         boxes, box_valid, box_labels = pad_boxes(task.boxes, task.box_labels, task.slots, key)
+        box_valid &= ok[:, None]
         batch = Batch(
             images=views,
             plan=plan,
@@ -105,7 +112,7 @@ class Tasks(torch.utils.data.Dataset[Worked]):
             box_valid=box_valid,
             box_labels=box_labels,
             label=torch.from_numpy(task.labels),
-            label_map=self._label_map(task),
+            label_map=None if maps is None else torch.from_numpy(maps),
         )
         return Worked(batch, padded, failures, dict(notes))
 
@@ -132,16 +139,16 @@ class Tasks(torch.utils.data.Dataset[Worked]):
                 padded[row, :, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1)
         return padded
 
-    def _label_map(self, task: Task) -> Tensor | None:
-        if self.label_map is None or task.masks is None or task.sizes is None:
-            return None
-        maps = np.full((len(task.names), *self.label_map_size), PADDING, dtype=np.int64)
-        for row, masks in enumerate(task.masks):
-            if masks:
-                labels = task.box_labels[row] if self.label_map == "semantic" else np.arange(len(masks))
-                height, width = task.sizes[row].tolist()
-                maps[row] = label_map_of(masks, labels, self.label_map_size, (height, width))
-        return torch.from_numpy(maps)
+    def _label_map(self, task: Task, row: int) -> npt.NDArray[np.int64]:
+        assert task.masks is not None
+        assert task.sizes is not None
+        masks = task.masks[row]
+        labels = task.box_labels[row] if self.label_map == "semantic" else np.arange(len(masks))
+        height, width = task.sizes[row].tolist()
+        try:
+            return label_map_of(masks, labels, self.label_map_size, (height, width))
+        except MaskError as error:
+            raise ReadError("mask", str(error)) from None
 
 
 def _shared(shape: tuple[int, ...]) -> Tensor:

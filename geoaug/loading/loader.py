@@ -6,10 +6,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from inspect import GEN_CLOSED, getgeneratorstate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,7 @@ def open_loader(
     alone = batch_size == 1 or all(spec.kind != "short_side" for spec in specs)
     checks.require(alone, where, "batch_size", "1 with ViewSpec.short_side", batch_size)
 
-    source = open_source(path, images)
+    source = open_source(path, images, masks=label_map is not None)
     has_masks = label_map is None or source.objects is not None
     checks.require(has_masks, where, "label_map", "left out without a COCO json", repr(label_map))
     missing = source.problems.get("image that is missing", [])
@@ -145,8 +145,8 @@ class Loader:
         self._batch_size, self._rank, self._world, self._steps = batch_size, rank, world, steps
         self._proposals, self._max_boxes, self._device = proposals, max_boxes, device
         self._workers, self._prefetch = workers, prefetch
-        self._epoch, self._position, self._start = 0, 0, 0
-        self._running: list[Generator[Batch, None, None]] = []
+        self._epoch, self._start, self._position = 0, 0, 0
+        self._running: WeakSet[Generator[Batch, None, None]] = WeakSet()  # weak, so that a dropped one ends
         self._rows_of_epoch(0)  # so that a wrong `order` is told at once
         tiny = plan_views([ViewSpec(2)], [[2, 2]], [0], seed=0, epoch=0)
         render_one(torch.zeros(2, 2, 3, dtype=torch.uint8), tiny)  # compiled here once, not in every worker it forks
@@ -159,24 +159,30 @@ class Loader:
         """Let the next iteration give this epoch; the epoch just restored by `load_state_dict` goes on where it was."""
         epoch = checks.index(epoch, 0, 2**32 - 1, "Loader.set_epoch", "epoch")
         if epoch != self._epoch:
-            self._epoch, self._position, self._start = epoch, 0, 0
+            self._epoch, self._start, self._position = epoch, 0, 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the consumer is: what has been yielded counts, what lies ready in a worker does not."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer is: the batch yielded last counts, what lies ready in a worker does not."""
         return {"epoch": self._epoch, "step": self._position, **self._identity}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the last batch that was yielded; nothing is replayed to get there."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the last batch that was yielded; nothing is replayed to get there.
+
+        Every iteration of that epoch starts there, so that a look at the first batch costs nothing.
+        """
+        where = "Loader.load_state_dict"
         for name, value in self._identity.items():
             same = state.get(name) == value
-            checks.require(same, "Loader.load_state_dict", name, f"the loader's own, {value}", state.get(name))
-        self._epoch, self._start = state["epoch"], state["step"]
-        self._position = self._start
+            checks.require(same, where, name, f"the loader's own, {value!r}", repr(state.get(name)))
+        epoch = checks.index(state.get("epoch"), 0, 2**32 - 1, where, "epoch")
+        self._start = checks.index(state.get("step"), 0, self._steps, where, "step")
+        self._epoch, self._position = epoch, self._start
 
     @property
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
         samples = int(np.bitwise_xor.reduce(self.source.ids)) if len(self.source) else 0
-        return {"seed": self._dataset.seed, "batch_size": self._batch_size, "samples": samples}
+        counts = {"seed": self._dataset.seed, "batch_size": self._batch_size, "samples": samples, "steps": self._steps}
+        return {**counts, "order": self._order, "replay": self._replay}
 
     def _rows_of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         return epoch_order(self.source.ids, seed=self._dataset.seed, epoch=epoch, order=self._order)
@@ -210,13 +216,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         iterator = self._batches(self._epoch, self._start)
-        self._start = 0
-        self._running = [*(other for other in self._running if getgeneratorstate(other) != GEN_CLOSED), iterator]
+        self._running.add(iterator)
         return iterator
 
     def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         order = self._rows_of_epoch(epoch)
-        self._position = start
 
         def task(step: int) -> Task:
             rows = rows_of(order, step, batch_size=self._batch_size, rank=self._rank, world=self._world)
@@ -233,18 +237,29 @@ class Loader:
         try:
             for step, worked in enumerate(results, start):
                 batch = self._finished(worked, pin)
-                self._position = step + 1
+                self._epoch, self._position = epoch, step + 1
                 yield batch
-            self._epoch, self._position = epoch + 1, 0
+            self._end_epoch(epoch)
         finally:  # also when the consumer stops early or an error is raised: no process is left behind
             stop = getattr(results, "_shutdown_workers", None)
             if stop is not None:
                 stop()
 
+    def _end_epoch(self, epoch: int) -> None:
+        """Go on to the next epoch; what could not be read so far, and what was ignored, is told in one line."""
+        self._epoch, self._start, self._position = epoch + 1, 0, 0
+        told = {kind: count for kind, count in self.report.items() if kind != "read"}
+        if told:
+            log.warning("after epoch %d: %d images read; %s", epoch, self.report["read"], told)
+
     def _finished(self, worked: Worked, pin: bool) -> Batch:
         self.report.update(worked.notes)
         self.report["read"] += int(worked.batch.ok.sum())
         for name, kind, reason in worked.failures:
+            if self.report[kind] == 0 and self._on_error == "mask":
+                log.warning(
+                    "masked: %s: %s: %s (the first of this kind; all are in loader.failures)", name, kind, reason
+                )
             self.report[kind] += 1
             self.failures[name] = (kind, reason)
         if worked.failures and self._on_error == "raise":
@@ -253,7 +268,8 @@ class Loader:
         batch = worked.batch
         if self._proposals is not None:
             boxes, valid = self._proposals.padded(batch.plan.ids, self._max_boxes, key=batch.key)
-            batch.boxes, batch.box_valid, batch.box_labels = boxes, valid, torch.full_like(valid, -1, dtype=torch.int64)
+            batch.boxes, batch.box_labels = boxes, torch.full_like(valid, -1, dtype=torch.int64)
+            batch.box_valid = valid & batch.ok[:, None]
         padded = worked.padded
         if pin:
             batch, padded = batch.pin_memory(), None if padded is None else padded.pin_memory()
@@ -264,7 +280,7 @@ class Loader:
 
     def close(self) -> None:
         """End every iteration and its workers; safe to call twice."""
-        for iterator in self._running:
+        for iterator in list(self._running):
             iterator.close()
         self._running.clear()
 

@@ -1,36 +1,27 @@
 """What there is to load: a folder of images, a text file of paths, or a COCO json; names, ids, labels and objects.
 
 The id of an image is that of its name relative to the root, so all three give the same image the same id (DESIGN: the
-root is the folder, or its `images/` child where the images lie there).
+root is the folder, or its `images/` child where the images lie there), and the same label where they name the same
+images: the sorted index of the first folder of its name.
 """
 
 from __future__ import annotations
 
-import json
 import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..geometry.ids import sample_ids
+from .coco import Objects, objects_of, read_record
+
+__all__ = ["SUFFIXES", "Objects", "Source", "inside", "open_source"]
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif"))
-
-
-@dataclass(frozen=True)
-class Objects:
-    """The objects of all images, image i owning rows offsets[i] to offsets[i + 1]; crowds are left out."""
-
-    offsets: npt.NDArray[np.int64]
-    boxes: npt.NDArray[np.float32]  # [T, 4] xyxy, unit coordinates
-    labels: npt.NDArray[np.int64]  # [T] index into categories
-    masks: list[Any]  # [T] COCO segmentations as they stand in the json
-    sizes: npt.NDArray[np.int32]  # [N, 2] (height, width) the json gives
-    categories: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class Source:
     root: Path
     names: Sequence[str]
     ids: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]  # index into classes, -1 for an image that lies in no subfolder
     classes: tuple[str, ...] = ()
     objects: Objects | None = None
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -49,8 +40,11 @@ class Source:
         return len(self.names)
 
 
-def open_source(path: Path | str, images: Path | str | None = None) -> Source:
-    """Read a folder, a list (.txt) or a COCO json; `images` is where the photographs of a list or json lie."""
+def open_source(path: Path | str, images: Path | str | None = None, *, masks: bool = False) -> Source:
+    """Read a folder, a list (.txt) or a COCO json; `images` is where the photographs of a list or json lie.
+
+    Segmentations are kept where `masks` asks for them alone, since they are most of a json.
+    """
     target = Path(path)
     if not target.exists():
         raise FileNotFoundError(
@@ -61,120 +55,136 @@ def open_source(path: Path | str, images: Path | str | None = None) -> Source:
         raise NotADirectoryError(f"open_loader: images must be a folder, got {folder}")
     if target.is_dir():
         return _from_folder(target)
-    if target.suffix == ".json":
-        return _from_coco(target, folder or target.parent / "images")
+    if target.suffix.lower() == ".json":
+        return _from_coco(target, folder or target.parent / "images", masks)
     return _from_list(target, folder or target.parent)
 
 
 def inside(root: Path, name: str, where: str) -> str:
     """The name relative to root in POSIX form; names that lead out of root are refused, since they come from files."""
-    relative = PurePosixPath(os.path.normpath(name))
-    if relative.is_absolute() and relative.is_relative_to(root.absolute().as_posix()):
-        relative = relative.relative_to(root.absolute().as_posix())
-    if relative.is_absolute() or relative.parts[:1] == ("..",) or not name.strip():
-        raise ValueError(f"{where}: names must lie under {root}, got {name!r}")
-    return relative.as_posix()
+    return _all_inside(root, [name], where)[0]
 
 
-def _has_images(folder: Path) -> bool:
-    return any(Path(f).suffix.lower() in SUFFIXES for _, _, files in os.walk(folder) for f in files)
+def _all_inside(root: Path, names: Sequence[str], where: str) -> list[str]:
+    places = [place.rstrip("/") + "/" for place in (os.path.abspath(root), os.path.realpath(root))]
+    inner = []
+    for name in names:
+        relative = os.path.normpath(name) if name.strip() else ".."
+        if relative.startswith("/"):
+            relative = "/" + relative.lstrip("/")
+            relative = next((relative[len(place) :] for place in places if relative.startswith(place)), relative)
+        if relative in (".", "..") or relative.startswith(("/", "../")) or "\0" in relative:
+            raise ValueError(f"{where}: names must lie under {root}, got {name!r}")
+        inner.append(relative)
+    return inner
+
+
+def _labels(names: Sequence[str]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    groups = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+    classes = tuple(sorted(set(groups) - {""}))
+    index = {name: i for i, name in enumerate(classes)} | {"": -1}
+    return np.array([index[group] for group in groups], dtype=np.int64), classes
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies under a folder, by names relative to it."""
+
+    images: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    again: list[str] = field(default_factory=list)  # folders that were read under another name
+
+
+def _walk(root: Path, seen: set[tuple[int, int]]) -> _Found:
+    """Everything under root, links followed; `seen` holds (device, inode) of the folders read, so that none is twice.
+
+    Links come after all that lies under root itself, so a folder that a link leads to as well keeps its own name.
+    """
+    found = _Found()
+    folders, links = [""], deque[str]()
+    while folders or links:
+        prefix = folders.pop() if folders else links.popleft()
+        try:
+            status = os.stat(root / prefix)
+            if (status.st_dev, status.st_ino) in seen:
+                found.again.append(prefix.rstrip("/"))
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(root / prefix) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError:
+            found.unread.append(prefix.rstrip("/") or ".")
+            continue
+        for entry in entries:
+            name = prefix + entry.name
+            is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(name + "/")
+                elif is_image and (entry.is_file() or entry.is_symlink()):  # a dead link fails when it is read
+                    found.images.append(name)
+                else:
+                    found.others.append(name)
+            except OSError:  # a link in a circle, or through a folder that may not be entered
+                (found.images if is_image else found.unread).append(name)
+    for names in (found.images, found.others, found.unread, found.again):
+        names.sort()
+    return found
 
 
 def _from_folder(folder: Path) -> Source:
-    child = folder / "images"
-    root = child if child.is_dir() and _has_images(child) else folder
-    names: list[str] = []
-    ignored: list[str] = []
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        for file in sorted(files):
-            name = (Path(parent) / file).relative_to(root).as_posix()
-            (names if Path(file).suffix.lower() in SUFFIXES else ignored).append(name)
-    names.sort()
-    if not names:
-        raise ValueError(f"open_loader: path must hold images ({', '.join(sorted(SUFFIXES))}), got none in {root}")
-    groups = [PurePosixPath(name).parts[0] if "/" in name else "" for name in names]
-    classes = tuple(sorted(set(groups) - {""}))
-    index = {name: i for i, name in enumerate(classes)} | {"": -1}
-    labels = np.array([index[group] for group in groups], dtype=np.int64)
-    problems = {"file that is no image, ignored": ignored} if ignored else {}
-    return Source(root, names, sample_ids(names).numpy(), labels, classes, None, problems)
+    root, seen = folder / "images", set[tuple[int, int]]()
+    found = _walk(root, seen) if os.path.isdir(root) else _Found()
+    if found.images:
+        beside = _walk(folder, seen)
+        if beside.images:
+            raise ValueError(
+                f"open_loader: path must hold its images in one place, got {folder} with images/{found.images[0]} and "
+                f"{beside.images[0]}: name the one meant, such as {root}, or list the files meant in a .txt"
+            )
+        found.unread.extend(f"../{name}" for name in beside.unread)
+    else:
+        root, found = folder, _walk(folder, set())
+    if not found.images:
+        unread = f", where {len(found.unread)} folders cannot be read" if found.unread else ""
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise ValueError(f"open_loader: path must hold images ({suffixes}), got none in {folder}{unread}")
+    kinds = {
+        "file that is no image, ignored": found.others,
+        "folder that cannot be read": found.unread,
+        "folder already read under another name, ignored": found.again,
+    }
+    problems = {kind: names for kind, names in kinds.items() if names}
+    labels, classes = _labels(found.images)
+    return Source(root, found.images, sample_ids(found.images).numpy(), labels, classes, None, problems)
 
 
 def _from_list(file: Path, root: Path) -> Source:
+    kinds = "a folder, a list of paths (.txt, UTF-8) or a COCO .json"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"open_loader: path must be a text file of image paths, got {file}: not text") from None
-    names = [inside(root, line.strip(), f"list {file.name}") for line in lines if line.strip()]
+        raise ValueError(f"open_loader: path must be {kinds}, got {file}: not text") from None
+    if "\0" in text:
+        raise ValueError(f"open_loader: path must be {kinds}, got {file}: not text")
+    lines = [line.strip() for line in text.split("\n")]
+    names = _all_inside(root, [line for line in lines if line], f"list {file.name}")
     if not names:
         raise ValueError(f"open_loader: path must list images, got {file}: empty")
-    return Source(root, names, sample_ids(names).numpy(), np.full(len(names), -1, dtype=np.int64))
+    labels, classes = _labels(names)
+    return Source(root, names, sample_ids(names).numpy(), labels, classes)
 
 
-def _from_coco(file: Path, root: Path) -> Source:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"open_loader: path must be a COCO json, got {file}: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("images"), list) or not record["images"]:
-        raise ValueError(f"open_loader: path must be a COCO json with images, got {file} without any")
+def _from_coco(file: Path, root: Path, masks: bool) -> Source:
+    record = read_record(file, masks=masks)
     if not root.is_dir():
         raise NotADirectoryError(f"open_loader: images must be given, {root} is no folder")
-    images = record["images"]
-    for image in images:  # the name stays as written, since the id is made from it
-        inside(root, image["file_name"], f"json {file.name}")
-    names = [image["file_name"] for image in images]
+    names = record.names()  # as written, since the id is made from them
+    labels, classes = _labels(_all_inside(root, names, f"json {file.name}"))
     problems: dict[str, list[str]] = {}
-    missing = [name for name in names if not (root / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
     if missing:
         problems["image that is missing"] = missing
-    objects = _objects(record, images, names, problems)
-    return Source(
-        root, names, sample_ids(names).numpy(), np.full(len(names), -1, dtype=np.int64), (), objects, problems
-    )
-
-
-def _objects(
-    record: dict[str, Any], images: list[dict[str, Any]], names: list[str], problems: dict[str, list[str]]
-) -> Objects:
-    """Boxes clipped to their image; those without area are dropped; both are listed in problems, as are orphans."""
-    categories = sorted(record.get("categories", []), key=lambda c: int(c["id"]))
-    class_of = {c["id"]: i for i, c in enumerate(categories)}
-    row_of = {image["id"]: row for row, image in enumerate(images)}
-    sizes = np.array([[image["height"], image["width"]] for image in images], dtype=np.int32)
-    kept: list[list[tuple[tuple[float, ...], int, Any]]] = [[] for _ in images]
-    for annotation in record.get("annotations", []):
-        row = row_of.get(annotation["image_id"])
-        if row is None:
-            problems.setdefault("box of an image that the json does not list, dropped", []).append(
-                str(annotation["id"])
-            )
-            continue
-        if annotation.get("iscrowd", 0):
-            continue
-        height, width = sizes[row].tolist()
-        x, y, w, h = (float(v) for v in annotation["bbox"])
-        box = (
-            min(max(x, 0.0), width),
-            min(max(y, 0.0), height),
-            min(max(x + w, 0.0), width),
-            min(max(y + h, 0.0), height),
-        )
-        note = f"{names[row]} box {annotation.get('id')}"
-        if not (box[2] > box[0] and box[3] > box[1]):  # also catches NaN and negative sides
-            problems.setdefault("box without area, dropped", []).append(note)
-            continue
-        if max(-x, -y, x + w - width, y + h - height) > 0.01:
-            problems.setdefault("box beyond its image, clipped", []).append(note)
-        unit = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
-        kept[row].append((unit, class_of.get(annotation.get("category_id"), -1), annotation.get("segmentation")))
-    flat = [entry for rows in kept for entry in rows]
-    return Objects(
-        np.cumsum([0, *(len(rows) for rows in kept)], dtype=np.int64),
-        np.array([entry[0] for entry in flat], dtype=np.float32).reshape(-1, 4),
-        np.array([entry[1] for entry in flat], dtype=np.int64),
-        [entry[2] for entry in flat],
-        sizes,
-        tuple(str(c["name"]) for c in categories),
-    )
+    objects = objects_of(record, problems, masks=masks)
+    return Source(root, names, sample_ids(names).numpy(), labels, classes, objects, problems)

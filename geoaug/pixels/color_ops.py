@@ -50,8 +50,8 @@ def paint(
 
 
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on a device without waiting for it."""
-    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+    """Numbers on a device, filled in there: a copy from the host would make it wait."""
+    return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
 
 
 def gray_of(x: Float32[Tensor, "B 3 h w"]) -> Float32[Tensor, "B 1 h w"]:
