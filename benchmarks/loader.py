@@ -2,7 +2,8 @@
 
 python benchmarks/loader.py [--images FOLDER] [--workers 2] [--runs 7]
 
-The photographs are re-encoded once so that their longer side is 500 pixels. By default scenes are made.
+The photographs are re-encoded once so that their longer side is 500 pixels. By default scenes are made. Where FFCV is
+installed, the same files are also read from a .beton: by FFCV's own pipelines and by ours (loader_ffcv.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
+from benchmarks import loader_ffcv
 from benchmarks.record import alternate, ratio, save, spread
 from geoaug import ViewSpec, open_loader
 
@@ -95,6 +98,10 @@ def main() -> None:
         ours = open_loader(folder, SPECS, batch_size=args.batch, seed=0, workers=args.workers)
         trusting = open_loader(folder, SPECS, batch_size=args.batch, seed=0, workers=args.workers, verify=False)
         persistent = DataLoader(Photographs(folder), persistent_workers=True, **options)
+        beton: dict[str, Callable[[], object]] = {}
+        if loader_ffcv.available():
+            loader_ffcv.write(folder, Path(made) / "side500.beton", args.workers)
+            beton = loader_ffcv.contenders(Path(made) / "side500.beton", args.batch, args.workers)
         seconds = alternate(
             {
                 "geoaug, two tracked views": partial(drain, ours),
@@ -102,9 +109,15 @@ def main() -> None:
                 "torchvision v2, DataLoader": partial(drain, theirs),
                 "torchvision v2, persistent workers": partial(drain, persistent),
                 "decoding alone, DataLoader": partial(drain, decoded),
+                **beton,
             },
             args.runs,
         )
+        measured = []
+        if beton:
+            arguments = Path(made) / "side500.beton", args.batch, args.workers
+            measured.append(("geoaug .beton, processor time outside the kernels", loader_ffcv.bookkeeping(*arguments)))
+            measured.append(("geoaug .beton, opening to first batch, new process", loader_ffcv.first_batch(*arguments)))
     rates = {name: [count / s for s in values] for name, values in seconds.items()}
     rows = [(f"{name} (images a second)", spread(values, 1)) for name, values in rates.items()]
     for name in ("torchvision v2, DataLoader", "torchvision v2, persistent workers"):
@@ -112,6 +125,8 @@ def main() -> None:
     rows.append(
         ("geoaug over decoding alone", ratio(seconds, "decoding alone, DataLoader", "geoaug, two tracked views"))
     )
+    rows += loader_ffcv.ratios(seconds) if beton else []
+    rows += measured
     rows.append(("images, batch, workers", f"{count}, {args.batch}, {args.workers}"))
     save("loader", "Loading two 224-pixel views of photographs of side 500", rows, {"seconds": seconds})
 

@@ -62,14 +62,15 @@ def open_loader(
     label_map_size: tuple[int, int] = (160, 160),
     prefetch: int = 2,
 ) -> Loader:
-    """A loader of `specs` views of a folder of images, a list of paths or a COCO json (photographs in `images`).
+    """A loader of `specs` views of a folder of images, a list, a COCO json (photographs in `images`) or a .beton.
 
     `batch_size` is global: each of `world` ranks gets its part of it. Boxes are those of `proposals` (a store or its
     path), else a json's objects without crowds, else none; of more than `max_boxes` candidates a new draw is taken each
     epoch. `label` is the sorted index of the first-level subfolder. `render="device"` ships whole images and renders on
     `device`. `last="keep"` pads the last batch with ok = False. `replay` plans views as in epoch 0 while the order
     follows the epoch. `verify` refuses images that the decoder warns about; `on_error="mask"` gives what cannot be read
-    ok = False and counts it in `loader.report`. `workers` are processes (None: one a core, 8 at most; 0: this one).
+    ok = False and counts it in `loader.report`. `workers` are processes, of a .beton threads (None: one a core, 8 at
+    most; 0: this one).
 
         with open_loader("photographs", [ViewSpec(224), ViewSpec(224)], batch_size=256, seed=0) as loader:
             for epoch in range(100):
@@ -78,6 +79,15 @@ def open_loader(
                     a, b = batch.plan.view_from_source[:, 0], batch.plan.view_from_source[:, 1]
     """
     where = "open_loader"
+    if Path(path).suffix == ".beton":
+        from .ffcv import open_beton  # needs FFCV, which no other source does
+
+        return open_beton(
+            path, specs, batch_size=batch_size, seed=seed, rank=rank, world=world, proposals=proposals,
+            max_boxes=max_boxes, render=render, workers=workers, device=device, order=order, last=last, replay=replay,
+            on_error=on_error, images=images, verify=verify, label_map=label_map, label_map_size=label_map_size,
+            prefetch=prefetch,
+        )  # fmt: skip
     batch_size = checks.index(batch_size, 1, 2**24, where, "batch_size")
     world = checks.index(world, 1, 2**20, where, "world")
     rank = checks.index(rank, 0, world - 1, where, "rank")
@@ -101,10 +111,7 @@ def open_loader(
         raise LoadError(f"open_loader: {len(missing)} images are missing under {source.root}, such as {missing[:3]}")
     for kind, names in source.problems.items():
         log.warning("%s: %d x %s, such as %s", path, len(names), kind, names[:3])
-    if isinstance(proposals, (str, Path)):
-        proposals = ProposalStore.open(proposals)
-    if isinstance(proposals, ProposalStore):
-        proposals.check_covers(source.ids, source.names)
+    proposals = store_of(proposals, source)
     steps = steps_of(len(source), batch_size, last)
     checks.require(steps > 0, where, "batch_size", f"at most the {len(source)} images with last='drop'", batch_size)
     dataset = Tasks(
@@ -117,6 +124,15 @@ def open_loader(
         prefetch=checks.index(prefetch, 1, 2**10, where, "prefetch"),
         device=torch.device("cpu" if device is None else device), on_error=on_error,
     )  # fmt: skip
+
+
+def store_of(proposals: Proposals | Path | str | None, source: Source) -> Proposals | None:
+    """The store that was given, or lies at the path given; one of other images is refused."""
+    if isinstance(proposals, (str, Path)):
+        proposals = ProposalStore.open(proposals)
+    if isinstance(proposals, ProposalStore):
+        proposals.check_covers(source.ids, source.names)
+    return proposals
 
 
 class Loader:

@@ -1,0 +1,172 @@
+"""`open_beton`: the batches of the folder loader out of an FFCV file, each image decoded once for all its views."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..geometry import checks
+from ..geometry.views import ViewSpec
+from .batch import Batch
+from .beton import Beton
+from .beton_job import DAMAGED, PLAIN, ROTATED, UNKNOWN, BetonJob
+from .crew import Crew, Pool
+from .decode import _orientation
+from .folder import LoadError, Task, Tasks, Worked
+from .loader import Loader, Proposals, store_of
+from .order import PADDING, rows_of, steps_of
+from .source import Source
+from .turbojpeg import Bench
+
+
+def open_beton(
+    path: Path | str,
+    specs: Sequence[ViewSpec],
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    proposals: Proposals | Path | str | None = None,
+    max_boxes: int = 64,
+    render: Literal["cpu", "device"] = "cpu",
+    workers: int | None = None,
+    device: torch.device | str | int | None = None,
+    order: Literal["shuffle", "file"] = "shuffle",
+    last: Literal["drop", "keep"] = "drop",
+    replay: bool = False,
+    on_error: Literal["raise", "mask"] = "raise",
+    images: Path | str | None = None,
+    verify: bool = True,
+    label_map: Literal["instance", "semantic"] | None = None,
+    label_map_size: tuple[int, int] = (160, 160),
+    prefetch: int = 2,
+) -> BetonLoader:
+    """A loader of `specs` views of a .beton made by write_beton.py: what `open_loader` gives for the same images.
+
+    Arguments are those of `open_loader`, which calls this; boxes are those the file was written with where `proposals`
+    are not given, and `workers` are threads. `verify` checks the CRC-32 of every sample read.
+    """
+    where = "open_loader"
+    batch_size = checks.index(batch_size, 1, 2**24, where, "batch_size")
+    world = checks.index(world, 1, 2**20, where, "world")
+    rank = checks.index(rank, 0, world - 1, where, "rank")
+    checks.require(batch_size % world == 0, where, "batch_size", f"a multiple of world, {world}", batch_size)
+    max_boxes = checks.index(max_boxes, 0, 2**16, where, "max_boxes")
+    workers = min(os.cpu_count() or 1, 8) if workers is None else checks.index(workers, 0, 2**10, where, "workers")
+    checks.require(len(specs) > 0, where, "specs", "at least one ViewSpec", "none")
+    checks.require(render in ("cpu", "device"), where, "render", "'cpu' or 'device'", repr(render))
+    checks.require(on_error in ("raise", "mask"), where, "on_error", "'raise' or 'mask'", repr(on_error))
+    checks.require(label_map is None, where, "label_map", "None for a .beton, which holds no masks", repr(label_map))
+    checks.require(images is None, where, "images", "None for a .beton, which holds its images", repr(images))
+    alone = batch_size == 1 or all(spec.kind != "short_side" for spec in specs)
+    checks.require(alone, where, "batch_size", "1 with ViewSpec.short_side", batch_size)
+
+    beton = Beton.open(path, verify=verify)
+    steps = steps_of(len(beton), batch_size, last)
+    checks.require(steps > 0, where, "batch_size", f"at most the {len(beton)} images with last='drop'", batch_size)
+    source = Source(Path(path), beton.names, beton.ids, beton.labels)
+    dataset = Tasks(
+        source.root, specs, seed, on_device=render == "device", verify=verify,
+        label_map=None, label_map_size=label_map_size,
+    )  # fmt: skip
+    return BetonLoader(
+        source, dataset, beton=beton, batch_size=batch_size, rank=rank, world=world, steps=steps, order=order,
+        replay=replay, proposals=store_of(proposals, source), max_boxes=max_boxes, workers=workers,
+        prefetch=checks.index(prefetch, 1, 2**10, where, "prefetch"),
+        device=torch.device("cpu" if device is None else device), on_error=on_error,
+    )  # fmt: skip
+
+
+class BetonLoader(Loader):
+    """Made by `open_beton`: a `Loader` whose workers are threads that run an FFCV pipeline."""
+
+    def __init__(self, source: Source, dataset: Tasks, *, beton: Beton, **options: Any) -> None:
+        from .ffcv_ops import pipeline_of
+
+        super().__init__(source, dataset, **options)
+        self.beton, self.tasks = beton, dataset
+        self.known = np.full(len(beton), UNKNOWN, dtype=np.uint8)
+        self.pipeline = pipeline_of(0 if dataset.on_device else len(dataset.specs))
+        self.pool = Pool(most=self._prefetch + 5)
+        nobody = np.zeros(0, dtype=np.int64)
+        with self._hired(1) as (worker,):  # compiles here, in the thread of whoever opens the loader
+            BetonJob(self, 0, nobody).take_part(worker)
+
+    def look_at(self, rows: npt.NDArray[np.int64]) -> None:
+        """Once for each sample: whether its boxes and name are as written (`verify`), and its EXIF orientation."""
+        new = rows[self.known[rows] == UNKNOWN]
+        if not len(new):
+            return
+        damaged = set(self.beton.damaged_facts(new.tolist())) if self.tasks.verify else set()
+        for row in new.tolist():
+            rotated = _orientation(self.beton.jpeg(row).tobytes()) > 1
+            self.known[row] = DAMAGED if row in damaged else ROTATED if rotated else PLAIN
+
+    def _hired(self, count: int, work: Any = None) -> _Hired:
+        return _Hired(self.pipeline, self.beton.data, self.tasks.verify, count, work)
+
+    def _task(self, epoch: int, rows: npt.NDArray[np.int64]) -> Task:
+        filled = rows[rows != PADDING]
+        pad = len(rows) - len(filled)
+        boxes = [np.zeros((0, 4), dtype=np.float32)] * len(rows)
+        labels = [np.zeros(0, dtype=np.int64)] * len(rows)
+        for i in np.flatnonzero(self.beton.counts[filled]).tolist():
+            boxes[i], labels[i] = self.beton.boxes(int(filled[i]))
+        return Task(
+            epoch=epoch,
+            planned=0 if self._replay else epoch,
+            names=[self.beton.names[row] for row in filled.tolist()] + [""] * pad,
+            ids=np.concatenate((self.beton.ids[filled], np.full(pad, PADDING))),
+            labels=np.concatenate((self.beton.labels[filled], np.full(pad, -1))),
+            boxes=boxes,
+            box_labels=labels,
+            slots=self._max_boxes,
+            masks=None,
+            sizes=None,
+        )
+
+    def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        order = self._rows_of_epoch(epoch)
+
+        def job(step: int) -> BetonJob:
+            rows = rows_of(order, step, batch_size=self._batch_size, rank=self._rank, world=self._world)
+            return BetonJob(self, epoch, rows)
+
+        pin = self._device.type == "cuda"
+        crew: Crew[Worked]
+        with self._hired(max(1, self._workers), lambda worker: crew.work(worker)) as workers:
+            crew = Crew(workers, job, range(start, self._steps), ahead=self._prefetch + 1, error_type=LoadError)
+            try:
+                crew.start()
+                for step, worked in enumerate(crew, start):
+                    batch = self._finished(worked, pin)
+                    self._epoch, self._position = epoch, step + 1
+                    del worked
+                    yield batch
+                    del batch
+                self._end_epoch(epoch)
+            finally:  # also when the consumer stops early or an error is raised: no thread is left behind
+                crew.close()
+
+
+class _Hired:
+    """Workers and what they work with, for as long as a `with`; their types wait for FFCV, so Any stands for them."""
+
+    def __init__(self, pipeline: Any, file: npt.NDArray[np.uint8], verify: bool, count: int, work: Any) -> None:
+        from .ffcv_ops import Worker
+
+        self.workers = [Worker(pipeline, Bench(file, verify), work) for _ in range(count)]
+
+    def __enter__(self) -> list[Any]:
+        return self.workers
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self.workers:
+            worker.bench.close()
