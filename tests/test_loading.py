@@ -423,7 +423,7 @@ def test_masked_rows_have_no_boxes_and_no_labels(coco, tmp_path):
 def test_an_epoch_with_failures_ends_with_a_summary(broken, caplog):
     with open_loader(broken, SPECS, batch_size=5, seed=0, workers=0, on_error="mask") as loader:
         list(loader)
-    assert "after epoch 0: 1 images read; {" in caplog.text
+    assert "after epoch 0: 1 images read so far; 1 damaged, 1 empty, 2 undecodable" in caplog.text
 
 
 def test_a_mask_that_cannot_be_read_fails_its_image(coco, tmp_path):

@@ -24,6 +24,7 @@ from ..pixels.render import render as render_one
 from ..pixels.render import render_batch
 from ..proposals.store import ProposalStore
 from .batch import Batch
+from .decode import ROTATED
 from .folder import LoadError, Task, Tasks, Worked, failure_text
 from .order import PADDING, epoch_order, rows_of, steps_of
 from .source import Source, open_source
@@ -161,7 +162,7 @@ class Loader:
         self._batch_size, self._rank, self._world, self._steps = batch_size, rank, world, steps
         self._proposals, self._max_boxes, self._device = proposals, max_boxes, device
         self._workers, self._prefetch = workers, prefetch
-        self._epoch, self._start, self._position = 0, 0, 0
+        self._epoch, self._start, self._position, self._told = 0, 0, 0, False
         self._running: WeakSet[Generator[Batch, None, None]] = WeakSet()  # weak, so that a dropped one ends
         self._rows_of_epoch(0)  # so that a wrong `order` is told at once
         tiny = plan_views([ViewSpec(2)], [[2, 2]], [0], seed=0, epoch=0)
@@ -264,9 +265,11 @@ class Loader:
     def _end_epoch(self, epoch: int) -> None:
         """Go on to the next epoch; what could not be read so far, and what was ignored, is told in one line."""
         self._epoch, self._start, self._position = epoch + 1, 0, 0
-        told = {kind: count for kind, count in self.report.items() if kind != "read"}
-        if told:
-            log.warning("after epoch %d: %d images read; %s", epoch, self.report["read"], told)
+        failed = sorted(kind for kind in self.report if kind not in ("read", ROTATED))
+        if failed or (self.report[ROTATED] and not self._told):  # rotations are no failure: told once
+            counts = ", ".join(f"{self.report[kind]} {kind}" for kind in [*failed, ROTATED] if self.report[kind])
+            log.warning("after epoch %d: %d images read so far; %s", epoch, self.report["read"], counts)
+        self._told = True
 
     def _finished(self, worked: Worked, pin: bool) -> Batch:
         self.report.update(worked.notes)

@@ -161,7 +161,7 @@ class ProposalStore:
             theirs = parquet.read_table(self.path / shards[0]["file"], columns=["name"])["name"] if shards else []
             raise ValueError(
                 f"ProposalStore: {len(missing)} of {len(ids)} images have no entry in {self.path}: images are named "
-                f"{[names[row] for row in missing[:2]]}, the store's {[str(name) for name in theirs[:2]]}"
+                f"{[names[int(row)] for row in missing[:2]]}, the store's {[str(name) for name in theirs[:2]]}"
             )
 
     def boxes(self, identity: int) -> npt.NDArray[np.uint16]:
