@@ -112,22 +112,22 @@ def without_rendering(loader: Any) -> None:
 def contenders(file: Path, batch: int, workers: int) -> dict[str, Callable[[], object]]:
     import torch
 
-    from geoaug.loading.ffcv import open_beton
+    from geoaug import open_loader
 
     options: dict[str, Any] = {"batch_size": batch, "seed": 0, "workers": workers}
-    ours = {n: open_beton(file, [VIEW] * n, **options) for n in (1, 2, 3, 4)}
+    ours = {n: open_loader(file, [VIEW] * n, **options) for n in (1, 2, 3, 4)}
     found: dict[str, Callable[[], object]] = {
         ONE: partial(drain, stock(file, batch, workers, 1)),
         TWO: partial(drain, stock(file, batch, workers, 2)),
         DECODING: partial(decode_all, ours[2], workers),
         **{OURS.format(n): partial(drain, loader) for n, loader in ours.items()},
         "geoaug .beton, two tracked views, verify=False": partial(
-            drain, open_beton(file, [VIEW] * 2, verify=False, **options)
+            drain, open_loader(file, [VIEW] * 2, verify=False, **options)
         ),
-        WHOLE: partial(without_rendering, open_beton(file, [VIEW] * 2, render="device", **options)),
+        WHOLE: partial(without_rendering, open_loader(file, [VIEW] * 2, render="device", **options)),
     }
     if torch.cuda.is_available():
-        found[ON_DEVICE] = partial(drain, open_beton(file, [VIEW] * 2, render="device", device="cuda", **options))
+        found[ON_DEVICE] = partial(drain, open_loader(file, [VIEW] * 2, render="device", device="cuda", **options))
     return found
 
 
@@ -142,8 +142,8 @@ def ratios(seconds: dict[str, list[float]]) -> list[tuple[str, str]]:
 
 def bookkeeping(file: Path, batch: int, workers: int) -> str:
     """The share of all processor time of an epoch that is not spent in the kernels (CRC, decoding, resize)."""
+    from geoaug import open_loader
     from geoaug.loading import ffcv_ops
-    from geoaug.loading.ffcv import open_beton
 
     inside: list[float] = []
     plain = ffcv_ops.Worker.run_pipeline
@@ -155,7 +155,7 @@ def bookkeeping(file: Path, batch: int, workers: int) -> str:
         finally:
             inside.append(time.thread_time() - start)
 
-    with open_beton(file, [VIEW] * 2, batch_size=batch, seed=0, workers=workers) as loader:
+    with open_loader(file, [VIEW] * 2, batch_size=batch, seed=0, workers=workers) as loader:
         drain(loader)
         ffcv_ops.Worker.run_pipeline = timed
         try:
@@ -173,8 +173,8 @@ def first_batch(file: Path, batch: int, workers: int) -> str:
     """Seconds from opening to the first batch, in a process of its own with a warm disk cache; imports not counted."""
     script = (
         "import time, warnings; warnings.simplefilter('ignore'); from geoaug import ViewSpec; import ffcv, torch;"
-        "from geoaug.loading.ffcv import open_beton; start = time.perf_counter();"
-        f"loader = open_beton({str(file)!r}, [ViewSpec(224)] * 2, batch_size={batch}, seed=0, workers={workers});"
+        "from geoaug import open_loader; start = time.perf_counter();"
+        f"loader = open_loader({str(file)!r}, [ViewSpec(224)] * 2, batch_size={batch}, seed=0, workers={workers});"
         "it = iter(loader); next(it); print(f'{time.perf_counter() - start:.2f} s')"
     )
     return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.strip()

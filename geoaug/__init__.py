@@ -12,7 +12,7 @@ from .geometry.views import ViewSpec
 from .loading.batch import Batch
 from .loading.decode import ReadError, read_image
 from .loading.folder import LoadError
-from .loading.loader import open_loader
+from .loading.opening import open_loader
 from .pixels.color import color
 from .pixels.color_spec import ColorSpec
 from .pixels.render import render, render_batch

@@ -18,7 +18,7 @@ from .geometry.plan import Plan, plan_views
 from .geometry.rng import Key
 from .loading.batch import Batch, pad_boxes
 from .loading.decode import read_image
-from .loading.loader import open_loader
+from .loading.opening import open_loader
 from .loading.source import Source, open_source
 from .pixels.color import color
 from .proposals.store import ProposalStore

@@ -31,7 +31,6 @@ with warnings.catch_warnings():
     pytest.importorskip("ffcv")
 
 from geoaug.loading import beton_job, ffcv_ops, jpeg_kernels
-from geoaug.loading.ffcv import open_beton
 
 pytestmark = pytest.mark.timeout(120)
 SPECS = [ViewSpec((24, 32), (0.2, 1.0)), ViewSpec.like(0, 16), ViewSpec.whole(20, flip=0.5)]
@@ -151,7 +150,7 @@ def test_pixels_lie_where_the_plan_says_in_both_epochs(tmp_path, views, mode):
         samples.append((f"{i}.jpg", jpeg(image, quality=100, subsampling=0), -1, [], []))
     path = write(tmp_path / "coordinates.beton", samples)
     flips, crops = set(), []
-    batches, _ = epochs(open_beton, path, 2, VIEWS[:views], batch_size=5, render=mode, workers=2)
+    batches, _ = epochs(open_loader, path, 2, VIEWS[:views], batch_size=5, render=mode, workers=2)
     for batch in batches:
         maps = batch.plan.view_from_source
         for row in range(5):
@@ -171,7 +170,7 @@ def test_pixels_follow_the_plan_of_their_own_epoch(beton):
     for row, name in enumerate(file.names):
         data = torch.from_numpy(file.jpeg(row).copy())
         images[name] = decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0).contiguous()
-    batches, _ = epochs(open_beton, beton, 3, batch_size=22)
+    batches, _ = epochs(open_loader, beton, 3, batch_size=22)
     moved = 0
     for epoch, batch in enumerate(batches):
         for row, name in enumerate(batch.names):
@@ -190,7 +189,7 @@ def test_small_images(tmp_path, size, mode):
     path = write(tmp_path / "small.beton", [("a.jpg", jpeg(image), -1, [], [])])
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(jpeg(image))
-    ours, _ = epochs(open_beton, path, 3, VIEWS, batch_size=1, render=mode)
+    ours, _ = epochs(open_loader, path, 3, VIEWS, batch_size=1, render=mode)
     theirs, _ = epochs(open_loader, tmp_path / "images", 3, VIEWS, batch_size=1, workers=0)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -204,7 +203,7 @@ def test_the_batches_of_the_folder_loader(folder, coco, beton, tmp_path, options
     objects = convert(coco, tmp_path / "objects.beton")
     for there, here in ((folder, beton), (coco, objects)):
         theirs, folders = epochs(open_loader, there, 2, **{**options, "workers": 0})
-        ours, loader = epochs(open_beton, here, 2, **options)
+        ours, loader = epochs(open_loader, here, 2, **options)
         assert len(ours) == len(theirs) > 0
         assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
         assert loader.report == folders.report
@@ -217,7 +216,7 @@ def test_real_photographs_to_the_last_bit(data, tmp_path):
     for file in sorted((data / "coco_mini").rglob("*.jpg"))[:24]:
         (images / file.name).write_bytes(file.read_bytes())
     path = convert(images, tmp_path / "real.beton")
-    ours, _ = epochs(open_beton, path, specs=[ViewSpec(224), ViewSpec(96)], workers=2)
+    ours, _ = epochs(open_loader, path, specs=[ViewSpec(224), ViewSpec(96)], workers=2)
     theirs, _ = epochs(open_loader, images, specs=[ViewSpec(224), ViewSpec(96)], workers=0)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -227,14 +226,14 @@ def test_proposals_replace_the_boxes_of_the_file(coco, tmp_path):
         def padded(self, ids, m, *, key=None):
             return torch.full((len(ids), m, 4), 0.5), torch.ones(len(ids), m, dtype=torch.bool)
 
-    (batch, *_), _ = epochs(open_beton, convert(coco, tmp_path / "a.beton"), proposals=Store(), max_boxes=3)
+    (batch, *_), _ = epochs(open_loader, convert(coco, tmp_path / "a.beton"), proposals=Store(), max_boxes=3)
     assert (batch.boxes == 0.5).all()
     assert (batch.box_labels == -1).all()
 
 
 def test_short_side_views_come_one_at_a_time(beton, folder):
     specs = [ViewSpec.short_side(64, 100)]
-    ours, _ = epochs(open_beton, beton, specs=specs, batch_size=1)
+    ours, _ = epochs(open_loader, beton, specs=specs, batch_size=1)
     theirs, _ = epochs(open_loader, folder, specs=specs, batch_size=1, workers=0)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -244,19 +243,19 @@ def test_short_side_views_come_one_at_a_time(beton, folder):
 
 @pytest.mark.parametrize("mode", ["cpu", "device"])
 def test_workers_and_ranks_change_nothing(beton, mode):
-    one, _ = epochs(open_beton, beton, 2, render=mode)
+    one, _ = epochs(open_loader, beton, 2, render=mode)
     for workers in (0, 2, 5):
-        other, _ = epochs(open_beton, beton, 2, render=mode, workers=workers)
+        other, _ = epochs(open_loader, beton, 2, render=mode, workers=workers)
         assert all(same(a, b) for a, b in zip(one, other, strict=True))
-    parts = [epochs(open_beton, beton, 2, render=mode, rank=r, world=2)[0] for r in range(2)]
+    parts = [epochs(open_loader, beton, 2, render=mode, rank=r, world=2)[0] for r in range(2)]
     for whole, left, right in zip(one, *parts, strict=True):
         for x, *halves in zip(fields(whole), fields(left), fields(right), strict=True):
             assert torch.equal(torch.cat(halves), x)
 
 
 def test_resume_in_mid_epoch(beton):
-    uninterrupted, _ = epochs(open_beton, beton, 2, batch_size=4)
-    with open_beton(beton, SPECS, batch_size=4, seed=3, workers=2) as loader:
+    uninterrupted, _ = epochs(open_loader, beton, 2, batch_size=4)
+    with open_loader(beton, SPECS, batch_size=4, seed=3, workers=2) as loader:
         iterator = iter(loader)
         begun = [next(iterator) for _ in range(3)]
         state = json.loads(json.dumps(loader.state_dict()))
@@ -264,14 +263,14 @@ def test_resume_in_mid_epoch(beton):
         loader.set_epoch(1)
         assert same(next(iter(loader)), uninterrupted[5])
     assert (state["epoch"], state["step"]) == (0, 3)
-    with open_beton(beton, SPECS, batch_size=4, seed=3, workers=1) as loader:
+    with open_loader(beton, SPECS, batch_size=4, seed=3, workers=1) as loader:
         loader.load_state_dict(state)
         rest = [batch for _ in range(2) for batch in loader]
     assert all(same(a, b) for a, b in zip(begun + rest, uninterrupted, strict=True))
 
 
 def test_what_a_consumer_keeps_is_never_written_again(beton):
-    with open_beton(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
+    with open_loader(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
         kept = [(batch, [image.clone() for image in batch.images]) for _ in range(3) for batch in loader]
         views = [batch.images[0][0, 0] for batch in loader]  # a view alone keeps the memory
         copies = [view.clone() for view in views]
@@ -300,7 +299,7 @@ def test_epochs_grow_neither_threads_nor_memory(beton):
         tasks = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else threading.active_count()
         return pages * os.sysconf("SC_PAGE_SIZE"), tasks
 
-    with open_beton(beton, [ViewSpec(224), ViewSpec(224)], batch_size=22, seed=0, workers=2) as loader:
+    with open_loader(beton, [ViewSpec(224), ViewSpec(224)], batch_size=22, seed=0, workers=2) as loader:
         for epoch in range(50):
             for batch in loader:
                 assert batch.ok.all()
@@ -346,19 +345,19 @@ def thousand(tmp_path_factory):
 @pytest.mark.parametrize("mode", ["cpu", "device"])
 def test_every_damaged_sample_is_reported(thousand, mode):
     intact = 1000 - len(Beton.open(thousand).damaged(range(1000)))  # flips may undo each other
-    batches, loader = epochs(open_beton, thousand, batch_size=100, workers=2, render=mode, on_error="mask")
+    batches, loader = epochs(open_loader, thousand, batch_size=100, workers=2, render=mode, on_error="mask")
     assert sum(int(batch.ok.sum()) for batch in batches) == intact < 5
     assert loader.report["crc"] == len(loader.failures) == 1000 - intact
     assert not any(image[~batch.ok].any() for batch in batches for image in batch.images)
     with pytest.raises(
         LoadError, match=r"(?s)100 images could not be read:.*\.jpg: crc: the CRC-32 of its bytes is 0x"
     ):
-        epochs(open_beton, thousand, batch_size=100, render=mode)
+        epochs(open_loader, thousand, batch_size=100, render=mode)
 
 
 @pytest.mark.parametrize("mode", ["cpu", "device"])
 def test_damage_that_is_not_checked_crashes_nothing(thousand, mode):
-    batches, loader = epochs(open_beton, thousand, 2, verify=False, batch_size=100, workers=2, render=mode,
+    batches, loader = epochs(open_loader, thousand, 2, verify=False, batch_size=100, workers=2, render=mode,
                              on_error="mask")  # fmt: skip
     kinds = set(loader.report)
     assert kinds <= {"read", "undecodable", "size", "truncated"}
@@ -379,7 +378,7 @@ def test_masked_batches_are_those_of_a_folder_with_the_same_damage(folder, tmp_p
     path = write(tmp_path / "a.beton", samples)  # damaged before it was written: the CRC-32 is that of the damage
     for specs in (SPECS, [ViewSpec.short_side(30, 50)]):
         options = {"specs": specs, "batch_size": 6 if specs is SPECS else 1, "on_error": "mask"}
-        ours, loader = epochs(open_beton, path, **options)
+        ours, loader = epochs(open_loader, path, **options)
         theirs, folders = epochs(open_loader, images, **options)
         assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
         assert set(loader.failures) == set(folders.failures) == {"2.jpg", "4.jpg"}
@@ -395,7 +394,7 @@ def test_metadata_that_do_not_fit_the_jpeg_are_caught(beton, monkeypatch):
     opened.starts[6] = 2**62
     opened.stored[7] = opened.stored[7, ::-1].copy()
     monkeypatch.setattr(Beton, "open", lambda path, verify: opened)
-    (batch,), loader = epochs(open_beton, beton, batch_size=22, order="file", on_error="mask")
+    (batch,), loader = epochs(open_loader, beton, batch_size=22, order="file", on_error="mask")
     assert (~batch.ok).nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
     assert loader.report["size"] == 3
     assert loader.report["truncated"] == 2
@@ -409,12 +408,12 @@ def test_damaged_boxes_are_reported(coco, tmp_path):
     opened, data = Beton.open(path), np.fromfile(path, dtype=np.uint8)
     data[int(opened._boxes_at[4])] ^= 4
     data.tofile(tmp_path / "b.beton")
-    batches, loader = epochs(open_beton, tmp_path / "b.beton", 2, batch_size=22, on_error="mask")
+    batches, loader = epochs(open_loader, tmp_path / "b.beton", 2, batch_size=22, on_error="mask")
     assert loader.report["crc"] == 2
     assert loader.failures == {opened.names[4]: ("crc", "its boxes or its name are not as they were written")}
     for batch in batches:
         assert not any(image[~batch.ok].any() for image in batch.images)
-    assert epochs(open_beton, tmp_path / "b.beton", verify=False, batch_size=22)[0][0].ok.all()
+    assert epochs(open_loader, tmp_path / "b.beton", verify=False, batch_size=22)[0][0].ok.all()
 
 
 # --- threads --------------------------------------------------------------------------------------------------------
@@ -432,7 +431,7 @@ def boom(*arguments, **options):
 @pytest.mark.parametrize("where", ["run_pipeline", "finish", "plan_views"])
 def test_an_error_in_a_thread_reaches_the_consumer_at_once(beton, monkeypatch, where):
     owner = {"run_pipeline": ffcv_ops.Worker, "finish": beton_job.BetonJob, "plan_views": beton_job}[where]
-    with open_beton(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
+    with open_loader(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
         iterator = iter(loader)
         next(iterator)
         monkeypatch.setattr(owner, where, boom)
@@ -454,11 +453,11 @@ def test_an_error_while_compiling_is_raised_by_the_constructor(beton, monkeypatc
     monkeypatch.setattr(ffcv_ops.RenderViews, "generate_code", uncompilable)
     monkeypatch.setattr(ffcv_ops, "pipeline_of", ffcv_ops.Pipeline)  # not the one that is compiled already
     with pytest.raises(Exception, match="no_such_attribute"):
-        open_beton(beton, SPECS, batch_size=2, seed=0)
+        open_loader(beton, SPECS, batch_size=2, seed=0)
 
 
 def test_iterators_that_are_left_end_with_their_threads(beton):
-    with open_beton(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
+    with open_loader(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
         for _ in loader:
             break
         assert threads() == []
@@ -473,12 +472,12 @@ def test_iterators_that_are_left_end_with_their_threads(beton):
         loader.close()
         assert len(list(loader)) == 11
     del loader
-    next(iter(open_beton(beton, SPECS, batch_size=2, seed=0, workers=2)))
+    next(iter(open_loader(beton, SPECS, batch_size=2, seed=0, workers=2)))
 
 
 def test_closing_takes_no_longer_than_a_sample_or_two(tmp_path):
     path = write(tmp_path / "large.beton", [(f"{i}.jpg", jpeg(picture(i, 700, 900)), -1, [], []) for i in range(64)])
-    with open_beton(path, [ViewSpec(224)], batch_size=32, seed=0, workers=2) as loader:
+    with open_loader(path, [ViewSpec(224)], batch_size=32, seed=0, workers=2) as loader:
         iterator = iter(loader)
         next(iterator)
         start = time.monotonic()
@@ -487,11 +486,11 @@ def test_closing_takes_no_longer_than_a_sample_or_two(tmp_path):
 
 
 def test_two_iterators_and_two_loaders_at_once(beton):
-    expected, _ = epochs(open_beton, beton, batch_size=2)
-    with open_beton(beton, SPECS, batch_size=2, seed=3, workers=2) as one:
+    expected, _ = epochs(open_loader, beton, batch_size=2)
+    with open_loader(beton, SPECS, batch_size=2, seed=3, workers=2) as one:
         list(one)
         one.set_epoch(0)
-        with open_beton(beton, SPECS[:2], batch_size=2, seed=3, workers=2) as two:
+        with open_loader(beton, SPECS[:2], batch_size=2, seed=3, workers=2) as two:
             iterators = iter(one), iter(one), iter(two)
             for a, b, c, e in zip(*iterators, expected, strict=True):
                 assert same(a, e)
@@ -504,19 +503,19 @@ def test_beside_ffcvs_own_loader_which_spoils_a_type_of_numba(beton):
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
-    before, _ = epochs(open_beton, beton)
+    before, _ = epochs(open_loader, beton)
     options = {"batch_size": 2, "num_workers": 1, "order": OrderOption.SEQUENTIAL}
     fields = {name: None for name in Beton.open(beton).manifest} | {"image": [CenterCropRGBImageDecoder((8, 8), 1.0)]}
     from ffcv.reader import Reader
 
     fields |= {name: None for name in Reader(str(beton)).handlers if name != "image"}
     theirs = Loader(str(beton), pipelines=fields, **options)
-    after, _ = epochs(open_beton, beton)
+    after, _ = epochs(open_loader, beton)
     assert all(same(a, b) for a, b in zip(before, after, strict=True))
     iterator = iter(theirs)
     assert len(list(iterator)) == 11
     iterator.join()
-    again, _ = epochs(open_beton, beton, render="device")
+    again, _ = epochs(open_loader, beton, render="device")
     assert all(same(a, b) for a, b in zip(before, again, strict=True))
 
 
@@ -527,8 +526,8 @@ def script(text, beton):
 
 def test_a_script_that_leaves_an_iterator_open_ends(beton):
     run = script(
-        "from geoaug import ViewSpec\nfrom geoaug.loading.ffcv import open_beton\n"
-        "loader = open_beton(BETON, [ViewSpec(64)], batch_size=2, seed=0, workers=2)\n"
+        "from geoaug import ViewSpec, open_loader\n"
+        "loader = open_loader(BETON, [ViewSpec(64)], batch_size=2, seed=0, workers=2)\n"
         "it = iter(loader); next(it); print('last line')",
         beton,
     )
@@ -544,7 +543,7 @@ def test_without_ffcv_one_line_says_what_to_install(beton, monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.delitem(sys.modules, "geoaug.loading.ffcv_ops")
     with pytest.raises(ImportError, match=r"needs FFCV.*apt-get.*conda install.*geoaug\[ffcv\]") as caught:
-        open_beton(beton, SPECS, batch_size=2, seed=0)
+        open_loader(beton, SPECS, batch_size=2, seed=0)
     assert "\n" not in str(caught.value)
 
 
@@ -556,7 +555,7 @@ def test_opening_the_module_needs_no_ffcv(beton):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label_map": "instance"}, "open_loader: label_map must be None for a .beton, which holds no masks"),
+        ({"label_map": "instance"}, "open_loader: label_map must be None for a .beton"),
         ({"images": "."}, "open_loader: images must be None for a .beton"),
         ({"batch_size": 100}, "batch_size must be at most the 22 images with last='drop', got 100"),
         ({"batch_size": 9, "world": 2}, "batch_size must be a multiple of world, 2, got 9"),
@@ -567,7 +566,7 @@ def test_opening_the_module_needs_no_ffcv(beton):
 )
 def test_bad_arguments(our_errors, beton, change, message):
     with pytest.raises(ValueError, match=message):
-        open_beton(beton, SPECS, **{"batch_size": 8, "seed": 0, **change})
+        open_loader(beton, SPECS, **{"batch_size": 8, "seed": 0, **change})
 
 
 # --- checksum -------------------------------------------------------------------------------------------------------

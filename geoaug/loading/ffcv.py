@@ -1,91 +1,34 @@
-"""`open_beton`: the batches of the folder loader out of an FFCV file, each image decoded once for all its views."""
+"""`BetonLoader`: the batches of the folder loader out of an FFCV file, each image decoded once for all its views."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from ..geometry import checks
-from ..geometry.views import ViewSpec
 from .batch import Batch
 from .beton import Beton
 from .beton_job import DAMAGED, PLAIN, ROTATED, UNKNOWN, BetonJob
 from .crew import Crew, Pool
 from .decode import _orientation
 from .folder import LoadError, Task, Tasks, Worked
-from .loader import Loader, Proposals, store_of
-from .order import PADDING, rows_of, steps_of
+from .loader import Loader
+from .order import PADDING, rows_of
 from .source import Source
 from .turbojpeg import Bench
 
 
-def open_beton(
-    path: Path | str,
-    specs: Sequence[ViewSpec],
-    *,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    proposals: Proposals | Path | str | None = None,
-    max_boxes: int = 64,
-    render: Literal["cpu", "device"] = "cpu",
-    workers: int | None = None,
-    device: torch.device | str | int | None = None,
-    order: Literal["shuffle", "file"] = "shuffle",
-    last: Literal["drop", "keep"] = "drop",
-    replay: bool = False,
-    on_error: Literal["raise", "mask"] = "raise",
-    images: Path | str | None = None,
-    verify: bool = True,
-    label_map: Literal["instance", "semantic"] | None = None,
-    label_map_size: tuple[int, int] = (160, 160),
-    prefetch: int = 2,
-) -> BetonLoader:
-    """A loader of `specs` views of a .beton made by write_beton.py: what `open_loader` gives for the same images.
-
-    Arguments are those of `open_loader`, which calls this; boxes are those the file was written with where `proposals`
-    are not given, and `workers` are threads. `verify` checks the CRC-32 of every sample read.
-    """
-    where = "open_loader"
-    batch_size = checks.index(batch_size, 1, 2**24, where, "batch_size")
-    world = checks.index(world, 1, 2**20, where, "world")
-    rank = checks.index(rank, 0, world - 1, where, "rank")
-    checks.require(batch_size % world == 0, where, "batch_size", f"a multiple of world, {world}", batch_size)
-    max_boxes = checks.index(max_boxes, 0, 2**16, where, "max_boxes")
-    workers = min(os.cpu_count() or 1, 8) if workers is None else checks.index(workers, 0, 2**10, where, "workers")
-    checks.require(len(specs) > 0, where, "specs", "at least one ViewSpec", "none")
-    checks.require(render in ("cpu", "device"), where, "render", "'cpu' or 'device'", repr(render))
-    checks.require(on_error in ("raise", "mask"), where, "on_error", "'raise' or 'mask'", repr(on_error))
-    checks.require(label_map is None, where, "label_map", "None for a .beton, which holds no masks", repr(label_map))
-    checks.require(images is None, where, "images", "None for a .beton, which holds its images", repr(images))
-    alone = batch_size == 1 or all(spec.kind != "short_side" for spec in specs)
-    checks.require(alone, where, "batch_size", "1 with ViewSpec.short_side", batch_size)
-
+def open_beton(path: Path | str, *, verify: bool) -> tuple[Beton, Source]:
+    """A .beton made by write_beton.py, and its images as a source; `verify` checks its tables."""
     beton = Beton.open(path, verify=verify)
-    steps = steps_of(len(beton), batch_size, last)
-    checks.require(steps > 0, where, "batch_size", f"at most the {len(beton)} images with last='drop'", batch_size)
-    source = Source(Path(path), beton.names, beton.ids, beton.labels)
-    dataset = Tasks(
-        source.root, specs, seed, on_device=render == "device", verify=verify,
-        label_map=None, label_map_size=label_map_size,
-    )  # fmt: skip
-    return BetonLoader(
-        source, dataset, beton=beton, batch_size=batch_size, rank=rank, world=world, steps=steps, order=order,
-        replay=replay, proposals=store_of(proposals, source), max_boxes=max_boxes, workers=workers,
-        prefetch=checks.index(prefetch, 1, 2**10, where, "prefetch"),
-        device=torch.device("cpu" if device is None else device), on_error=on_error,
-    )  # fmt: skip
+    return beton, Source(Path(path), beton.names, beton.ids, beton.labels)
 
 
 class BetonLoader(Loader):
-    """Made by `open_beton`: a `Loader` whose workers are threads that run an FFCV pipeline."""
+    """Made by `open_loader` of a .beton: a `Loader` whose workers are threads that run an FFCV pipeline."""
 
     def __init__(self, source: Source, dataset: Tasks, *, beton: Beton, **options: Any) -> None:
         from .ffcv_ops import pipeline_of
