@@ -163,6 +163,26 @@ def test_pixels_lie_where_the_plan_says_in_both_epochs(tmp_path, views, mode):
     assert not torch.equal(torch.cat(crops[:2]), torch.cat(crops[2:]))
 
 
+@pytest.mark.parametrize("mode", ["cpu", "device"])
+def test_pixels_of_the_smallest_views_lie_where_the_plan_says(tmp_path, mode):
+    samples = []
+    for i, (height, width) in enumerate([(61, 60), (45, 70), (50, 33), (64, 64)]):
+        image = coordinate_image(height, width, torch.uint8).permute(1, 2, 0).numpy()
+        samples.append((f"{i}.jpg", jpeg(image, quality=100, subsampling=0), -1, [], []))
+    path = write(tmp_path / "small_views.beton", samples)
+    tiny = [ViewSpec((5, 7), (0.5, 1.0), flip=0.5), ViewSpec((7, 5), (0.5, 1.0), flip=0.5)]
+    flips = set()
+    for batch in epochs(open_loader, path, 2, tiny, batch_size=4, render=mode, workers=2)[0]:
+        for row in range(4):
+            for v, image in enumerate(batch.images):
+                size = batch.plan.source_size[row].tolist()
+                # Too few pixels for a fit to average levels out, so each is held to one level (1.07: the mixing) + 0.1.
+                found = disagreement(image[row], batch.plan.view_from_source[row, v], size)
+                assert found.pixel < 1.07 * max(size) / 255 + 0.1
+                flips.add(bool(batch.plan.flipped[row, v]))
+    assert flips == {True, False}
+
+
 def test_pixels_follow_the_plan_of_their_own_epoch(beton):
     """A plan captured as a global would stay at the first epoch's."""
     file = Beton.open(beton)
