@@ -13,9 +13,27 @@ from .loading.batch import Batch
 from .loading.decode import ReadError, read_image
 from .loading.folder import LoadError
 from .loading.opening import open_loader
+from .objectives import losses, metrics
+from .objectives.readout import fpn_level, roi_features, sample_points
 from .pixels.color import color
 from .pixels.color_spec import ColorSpec
+from .pixels.composites import (
+    Composite,
+    block_derangement,
+    boxes_with_room,
+    cutout_masks,
+    free_boxes,
+    grid_boxes,
+    jitter_boxes,
+    paste,
+    shift_boxes,
+    shift_composite,
+    square_cutout_masks,
+    window_masks,
+)
 from .pixels.render import render, render_batch
+from .proposals import select
+from .proposals.selective_search import selective_search
 from .proposals.store import ProposalStore
 
 __version__ = "0.1.0.dev0"
@@ -24,6 +42,7 @@ __all__ = [
     "AxisAffine",
     "Batch",
     "ColorSpec",
+    "Composite",
     "Key",
     "LoadError",
     "Overlap",
@@ -31,26 +50,44 @@ __all__ = [
     "ProposalStore",
     "ReadError",
     "ViewSpec",
+    "block_derangement",
     "boxes",
+    "boxes_with_room",
     "color",
     "correspond",
+    "cutout_masks",
+    "fpn_level",
+    "free_boxes",
     "from_ffcv_ssl",
     "from_kornia",
     "from_lightly",
     "from_torchvision",
+    "grid_boxes",
     "grids",
+    "jitter_boxes",
+    "losses",
     "matched_boxes",
+    "metrics",
     "open_loader",
     "overlap",
     "overlap_grid",
+    "paste",
     "plan_views",
     "read_image",
     "recipes",
     "regions",
     "render",
     "render_batch",
+    "roi_features",
     "sample_id",
     "sample_ids",
+    "sample_points",
+    "select",
+    "selective_search",
+    "shift_boxes",
+    "shift_composite",
+    "square_cutout_masks",
     "testing",
     "viz",
+    "window_masks",
 ]

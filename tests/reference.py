@@ -114,3 +114,167 @@ def grid_boxes(width, height, k, least, most, keep, words_of):
             box = box if keep else None
         boxes.append(box)
     return boxes
+
+
+def box_pixels(box, valid, size):
+    """The pixels (row, column) whose centre a unit box holds, one by one."""
+    height, width = size
+    x0, y0, x1, y1 = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    return {(i, j) for i in range(height) for j in range(width)
+            if valid and x0 <= j + 0.5 < x1 and y0 <= i + 0.5 < y1}  # fmt: skip
+
+
+def frame(pixels):
+    """The rectangle (x0, y0, x1, y1) around pixels."""
+    rows, columns = [i for i, _ in pixels], [j for _, j in pixels]
+    return min(columns), min(rows), max(columns) + 1, max(rows) + 1
+
+
+def around(pixels, area, place, size):
+    """The view's pixels of a rectangle with the aspect of a box, of `area`, centred at the share `place` of the box."""
+    x0, y0, x1, y1 = frame(pixels)
+    factor = 0.5 * math.sqrt(area / len(pixels))
+    x, y = x0 + place[0] * (x1 - x0), y0 + place[1] * (y1 - y0)
+    w, h = factor * (x1 - x0), factor * (y1 - y0)
+    return {(i, j) for i in range(size[0]) for j in range(size[1])
+            if x - w <= j + 0.5 < x + w and y - h <= i + 0.5 < y + h}  # fmt: skip
+
+
+def inside(pixels, missing, place, cut):
+    """The rectangle in a box that takes closest to `missing` pixels that are not cut, of a row growing line by line."""
+    x0, y0, x1, y1 = frame(pixels)
+    w, h = x1 - x0, y1 - y0
+    best, found = None, set()
+    for lines in range(w + h + 1):
+        a = (2 * lines * w + w + h) // (2 * (w + h))
+        b = lines - a
+        x, y = x0 + math.floor(place[0] * (w - a + 1)), y0 + math.floor(place[1] * (h - b + 1))
+        taken = {(i, j) for i in range(y, y + b) for j in range(x, x + a)}
+        error = abs(len(taken - cut) - missing)
+        if best is None or error < best:
+            best, found = error, taken
+    return found
+
+
+def cutout(pixels, size, u, ratio, clip, restore):
+    """PRC of one image: a list of turns (slot, share drawn, restored, own cut, all that is cut after it)."""
+    cut, turns = set(), []
+    for k in sorted(range(len(pixels)), key=lambda k: -len(pixels[k])):
+        box, share, place = pixels[k], ratio[0] + (ratio[1] - ratio[0]) * u[k][0], u[k][1:]
+        if not box:
+            turns.append((k, share, False, set(), cut))
+            continue
+        target, taken = share * len(box), len(cut & box)
+        if restore == "tolerance":
+            leave = 0.8 * target < taken <= 1.2 * target
+            again = not leave and 0 < taken and taken >= 0.5 * target
+            missing = 0 if leave else target
+        else:
+            again = taken > target
+            missing = target - (0 if again else taken)
+        cut = cut - box if again else cut
+        if restore == "threshold" and clip == "box":
+            own = inside(box, missing, place, cut)
+        else:
+            own = around(box, missing, place, size)
+            own = own & box if clip == "box" else own
+        cut = cut | own
+        turns.append((k, share, again, own, cut))
+    return turns
+
+
+def square_cutout(pixels, size, u, p, ratio):
+    """SoCo's squares of one image: what is cut."""
+    cut = set()
+    for box, (coin, share, *place) in zip(pixels, u, strict=True):
+        if box and coin < p:
+            x0, y0, x1, y1 = frame(box)
+            half = 0.5 * math.sqrt((ratio[0] + (ratio[1] - ratio[0]) * share) * len(box))
+            x, y = x0 + place[0] * (x1 - x0), y0 + place[1] * (y1 - y0)
+            cut |= {(i, j) for i in range(size[0]) for j in range(size[1])
+                    if x - half <= j + 0.5 < x + half and y - half <= i + 0.5 < y + half}  # fmt: skip
+    return cut
+
+
+def window(size, u, share, ratio, mode):
+    """PRM's window of one image, as unit box."""
+    height, width = size
+    drawn = share[0] + (share[1] - share[0]) * u[0]
+    area = (1 - drawn if mode == "masked" else drawn) * (height * width)
+    aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[1])
+    w, h = min(math.sqrt(area * aspect), width), min(math.sqrt(area / aspect), height)
+    x, y = u[2] * (width - w), u[3] * (height - h)
+    return {(i, j) for i in range(height) for j in range(width)
+            if x <= j + 0.5 < x + w and y <= i + 0.5 < y + h}  # fmt: skip
+
+
+def jitter(box, u, p, scale, shift, corner):
+    """One unit box jittered, about its centre or from its top left corner, and clipped."""
+    x0, y0, x1, y1 = (min(max(edge, 0.0), 1.0) for edge in box)
+    if u[0] >= p:
+        return x0, y0, x1, y1
+    out = []
+    for low, high, a, b in ((x0, x1, u[1], u[3]), (y0, y1, u[2], u[4])):
+        side = high - low
+        new = (scale[0] + (scale[1] - scale[0]) * a) * side
+        move = (2 * shift * b - shift) * side
+        start = low + move if corner else (low + high) / 2 + move - new / 2
+        out.append((min(max(start, 0.0), 1.0), min(max(start + new, 0.0), 1.0)))
+    (a0, a1), (b0, b1) = out
+    return (a0, b0, a1, b1) if a0 < a1 and b0 < b1 else (x0, y0, x1, y1)
+
+
+def make_room(boxes, pixels, size, room):
+    """The slots that stay when the largest are dropped until the rest leave room, or one is left."""
+    stay = sorted((k for k in range(len(boxes)) if pixels[k]), key=lambda k: (-len(pixels[k]), k))
+    while len(stay) > 1:
+        spans = [
+            max(min(boxes[k][a + 2], 1.0) for k in stay) - min(max(boxes[k][a], 0.0) for k in stay) for a in (0, 1)
+        ]
+        if all(span * side <= (1 - room) * side + 1e-3 for span, side in zip(spans, size[::-1], strict=True)):
+            break
+        stay = stay[1:]
+    return stay
+
+
+def feasible(boxes, stay, size):
+    """Per axis, x first, the lowest and highest whole shift that leaves the boxes' visible parts in the view."""
+    ranges = []
+    for axis, side in ((0, size[1]), (1, size[0])):
+        low = min((max(boxes[k][axis], 0.0) * side for k in stay), default=0)
+        high = max((min(boxes[k][axis + 2], 1.0) * side for k in stay), default=side)
+        ranges.append((math.ceil(-low - 1e-3), math.floor(side - high + 1e-3)) if stay else (0, 0))
+    return ranges
+
+
+def compose(image, mask, background, shift):
+    """Pixels [h][w] of an image under a mask, moved by (x, y), on a background."""
+    height, width = len(image), len(image[0])
+    out = [list(row) for row in background]
+    for i in range(height):
+        for j in range(width):
+            y, x = i + shift[1], j + shift[0]
+            if mask[i][j] and 0 <= y < height and 0 <= x < width:
+                out[y][x] = image[i][j]
+    return out
+
+
+def derange(words, size):
+    """A uniform derangement of `size` places (Martinez, Panholzer and Prodinger, 2008) from four words a place."""
+    count = [1, 0]
+    for u in range(2, size + 1):
+        count.append((u - 1) * (count[-1] + count[-2]))
+    place, free, left = list(range(size)), set(range(size)), size
+    for i in range(size - 1, 0, -1):
+        if i not in free or left < 2:
+            continue
+        high, low, coin = words[4 * i : 4 * i + 3]
+        earlier = sorted(j for j in free if j < i)
+        j = earlier[below(high, low, len(earlier))]
+        place[i], place[j] = place[j], place[i]
+        free.remove(i)
+        left -= 1
+        if coin < ((left) * count[left - 1] << 32) // count[left + 1]:
+            free.remove(j)
+            left -= 1
+    return place

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
+from ..geometry import checks
 from ..geometry.plan import Plan
 from ..geometry.rng import Key
 
@@ -47,6 +48,18 @@ class Batch:
                 moved[name] = value.to(device, non_blocking=non_blocking)
         moved["images"] = [image.to(device, non_blocking=non_blocking) for image in self.images]
         return Batch(**moved)
+
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in so many parts of equal size, in its order; a part is a view, not a copy."""
+        parts = checks.index(parts, 1, 2**31, "Batch.split", "parts")
+        size, rest = divmod(len(self), parts)
+        checks.require(rest == 0, "Batch.split", "parts", f"a divisor of the {len(self)} samples", parts)
+        return [self._rows(slice(at, at + size)) for at in range(0, max(len(self), 1), max(size, 1))]
+
+    def _rows(self, rows: slice) -> Batch:
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken = {name: None if value is None else value[rows] for name, value in every.items()}
+        return Batch(**{**taken, "images": [image[rows] for image in self.images]})
 
     def pin_memory(self) -> Batch:
         """The same batch with its pixels in page-locked memory."""

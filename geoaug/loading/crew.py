@@ -12,12 +12,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 Done = TypeVar("Done", covariant=True)
+_here = threading.local()  # has `at_work` in the threads of a crew
 
 
 @runtime_checkable
@@ -69,6 +70,7 @@ class Crew(Generic[Done]):
 
     def work(self, worker: threading.Thread) -> None:
         """What each thread runs."""
+        _here.at_work = True
         for step in self._steps:
             try:
                 job = self._job(step)
@@ -119,19 +121,24 @@ class Crew(Generic[Done]):
 
     def __iter__(self) -> Iterator[Done]:
         for step in self._steps:
+            if os.getpid() != self._process:
+                raise self._error_type("loader: iterating was begun before a fork, and its threads are in the parent")
             with self._changed:
                 self._changed.wait_for(lambda step=step: step in self._done or self._stopped)  # type: ignore[misc]
                 if step not in self._done:
-                    break
+                    self._raise()
                 done = self._done.pop(step)
                 self._taken = step + 1
                 self._changed.notify_all()
             yield done
-        if self._error is not None:
-            step, error = self._error
-            job = self._jobs.get(step)
-            names = f", {job.names[0]} and others" if job is not None and len(job.names) else ""
-            raise self._error_type(f"loader: step {step}{names}: {type(error).__name__}: {error}") from error
+
+    def _raise(self) -> NoReturn:
+        if self._error is None:
+            raise self._error_type("loader: closed while another thread waited for a batch")
+        step, error = self._error
+        job = self._jobs.get(step)
+        names = f", {job.names[0]} and others" if job is not None and len(job.names) else ""
+        raise self._error_type(f"loader: step {step}{names}: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         """Stop and join all threads; safe to call twice."""
@@ -139,8 +146,12 @@ class Crew(Generic[Done]):
             return
         with self._changed:
             self._stop()
+        # The garbage collector may close an iterator in any thread. One of a crew may hold what others need to end, so
+        # it waits for none of them; they end by themselves.
+        if getattr(_here, "at_work", False):
+            return
         for worker in self.workers:
-            if worker.ident is not None and worker is not threading.current_thread():
+            if worker.ident is not None:
                 worker.join()
         self._jobs.clear()
         self._done.clear()
@@ -169,11 +180,12 @@ class Pool:
         return sys.getrefcount(memory[i])
 
     def take(self, size: int) -> npt.NDArray[np.uint8]:
-        """uint8 [size], uninitialised, that nobody else holds."""
+        """uint8 [size], uninitialised, that nobody else holds; whole images differ in size from batch to batch."""
         with self._lock:
             for i in range(len(self._memory)):
-                if self._references(self._memory, i) <= self._unused and self._memory[i].nbytes == size:
-                    return self._memory[i]
+                fits = size <= self._memory[i].nbytes <= 2 * size
+                if fits and self._references(self._memory, i) <= self._unused:
+                    return self._memory[i][:size]
             fresh = np.empty(size, dtype=np.uint8)
             if len(self._memory) >= self._most:
                 del self._memory[0]

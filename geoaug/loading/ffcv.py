@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,9 @@ from .turbojpeg import Bench
 def open_beton(path: Path | str, *, verify: bool) -> tuple[Beton, Source]:
     """A .beton made by write_beton.py, and its images as a source; `verify` checks its tables."""
     beton = Beton.open(path, verify=verify)
-    return beton, Source(Path(path), beton.names, beton.ids, beton.labels)
+    classes = beton.manifest.get("classes", [])
+    known = tuple(map(str, classes)) if isinstance(classes, list) else ()
+    return beton, Source(Path(path), beton.names, beton.ids, beton.labels, known)
 
 
 class BetonLoader(Loader):
@@ -38,9 +42,15 @@ class BetonLoader(Loader):
         self.known = np.full(len(beton), UNKNOWN, dtype=np.uint8)
         self.pipeline = pipeline_of(0 if dataset.on_device else len(dataset.specs))
         self.pool = Pool(most=self._prefetch + 5)
+        self._crews: WeakSet[Crew[Worked]] = WeakSet()
         nobody = np.zeros(0, dtype=np.int64)
         with self._hired(1) as (worker,):  # compiles here, in the thread of whoever opens the loader
             BetonJob(self, 0, nobody).take_part(worker)
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether batches come with boxes at all: of a store, or of the .beton."""
+        return self._proposals is not None or bool(self.beton.counts.any())
 
     def look_at(self, rows: npt.NDArray[np.int64]) -> None:
         """Once for each sample: whether its boxes and name are as written (`verify`), and its EXIF orientation."""
@@ -86,6 +96,7 @@ class BetonLoader(Loader):
         crew: Crew[Worked]
         with self._hired(max(1, self._workers), lambda worker: crew.work(worker)) as workers:
             crew = Crew(workers, job, range(start, self._steps), ahead=self._prefetch + 1, error_type=LoadError)
+            self._crews.add(crew)
             try:
                 crew.start()
                 for step, worked in enumerate(crew, start):
@@ -97,6 +108,15 @@ class BetonLoader(Loader):
                 self._end_epoch(epoch)
             finally:  # also when the consumer stops early or an error is raised: no thread is left behind
                 crew.close()
+
+    def close(self) -> None:
+        """End every iteration and its threads; safe to call twice. Another thread that waits gets a LoadError."""
+        for crew in list(self._crews):
+            crew.close()
+        for iterator in list(self._running):
+            with suppress(ValueError):  # another thread is in it, and on its way out
+                iterator.close()
+        self._running.clear()
 
 
 class _Hired:
@@ -112,4 +132,5 @@ class _Hired:
 
     def __exit__(self, *exception: object) -> None:
         for worker in self.workers:
-            worker.bench.close()
+            if not worker.is_alive():  # joining may have been interrupted; then the bench goes with its thread
+                worker.bench.close()

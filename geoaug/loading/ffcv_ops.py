@@ -9,7 +9,6 @@ compiles (njit) what `generate_code` gives, which is a short loop over kernels t
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -18,12 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .jpeg_kernels import OK, PIXELS, deal, decode, fill_up, render_views
-from .turbojpeg import Bench
+from .jpeg_kernels import OK, PIXELS, blacken, deal, decode, render_views
+from .turbojpeg import Bench, importing_ffcv
 
 try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # FFCV still imports distutils, and says so
+    with importing_ffcv():
         from ffcv.fields.rgb_image import RGBImageField, SimpleRGBImageDecoder
         from ffcv.loader.epoch_iterator import EpochIterator
         from ffcv.memory_managers.base import MemoryContext
@@ -74,7 +72,10 @@ class RenderViews(SimpleRGBImageDecoder):  # type: ignore[misc]
 
 
 class PadImages(RenderViews):
-    """Decode each image once into uint8 [B, H, W, 3], zeros around it, for rendering on a device; gives the status."""
+    """Decode each image once into uint8 [B, H, W, 3] for rendering on a device; gives the status.
+
+    What is right of an image and below it stays as it was: no plan leads there, so `render_batch` gives it no weight.
+    """
 
     def generate_code(self) -> Callable[..., Any]:
         """The loop over the rows that this thread is dealt."""
@@ -87,10 +88,12 @@ class PadImages(RenderViews):
                 start, length, checksum = np.int64(field["data_ptr"]), np.int64(field["size"]), np.int64(field["crc"])
                 height, width = np.int64(field["height"]), np.int64(field["width"])
                 full_height, full_width = places[0, 1], places[0, 2]
-                out, pitch = places[0, 0] + row * 3 * full_height * full_width, 3 * full_width
+                pitch = 3 * full_width
+                out, size = places[0, 0] + row * full_height * pitch, full_height * pitch
                 code = decode(state, start, length, checksum, height, width, out, pitch)
                 status[row] = code
-                fill_up(out, height if code == OK else 0, width, full_height, full_width)
+                if code != OK:
+                    blacken(out, size)
                 row = deal(dealt)
             return status
 
@@ -142,7 +145,9 @@ class Worker(EpochIterator):  # type: ignore[misc]
 
     def run(self) -> None:
         """Nothing is caught here: `work` passes its errors on."""
-        self._work(self)
+        work = self._work
+        del self._work  # else a circle of references keeps the bench's memory until the garbage collector comes
+        work(self)
 
     def render(
         self,

@@ -97,19 +97,16 @@ def _make_kernels(stamp):
                 carray(pointer(out), (1, 3 * h * w), np.uint8)[:] = 0
 
     @njit(cache=True, nogil=True)
-    def fill_up(out, height, width, full_height, full_width):
-        """Zeros in uint8 [full_height, full_width, 3] at `out`, right of `width` and below `height`."""
+    def blacken(out, size):
+        """Zeros in `size` bytes at `out`."""
         assert stamp
-        rows = carray(pointer(out), (full_height, 3 * full_width), np.uint8)
-        for y in range(height):
-            rows[y, 3 * width :] = 0
-        rows[height:] = 0
+        carray(pointer(out), (1, size), np.uint8)[:] = 0
 
-    return decode, render_views, fill_up
+    return decode, render_views, blacken
 
 
 _INLINED = b"".join(Path(str(module.__file__)).read_bytes() for module in (crc, resample_module, simd))
-decode, render_views, fill_up = _make_kernels(hashlib.blake2b(_INLINED, digest_size=8).hexdigest())
+decode, render_views, blacken = _make_kernels(hashlib.blake2b(_INLINED, digest_size=8).hexdigest())
 
 
 @intrinsic

@@ -73,6 +73,12 @@ class Loader:
         """Steps of an epoch, the same on every rank."""
         return self._steps
 
+    @property
+    def has_boxes(self) -> bool:
+        """Whether batches come with boxes at all: of a store, or of the data itself."""
+        objects = self.source.objects
+        return self._proposals is not None or (objects is not None and len(objects.boxes) > 0)
+
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration give this epoch; the epoch just restored by `load_state_dict` goes on where it was."""
         epoch = checks.index(epoch, 0, 2**32 - 1, "Loader.set_epoch", "epoch")

@@ -51,8 +51,8 @@ def open_loader(
     epoch. `label` is the sorted index of the first-level subfolder. `render="device"` ships whole images and renders on
     `device`. `last="keep"` pads the last batch with ok = False. `replay` plans views as in epoch 0 while the order
     follows the epoch. `verify` refuses images that the decoder warns about; `on_error="mask"` gives what cannot be read
-    ok = False and counts it in `loader.report`. `workers` are processes, of a .beton threads (None: one a core, 8 at
-    most; 0: this one).
+    ok = False and counts it in `loader.report`. `workers` are processes, of a .beton threads, one at least (None: one
+    a core, 8 at most; 0: this one).
 
         with open_loader("photographs", [ViewSpec(224), ViewSpec(224)], batch_size=256, seed=0) as loader:
             for epoch in range(100):

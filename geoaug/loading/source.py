@@ -54,6 +54,8 @@ def open_source(path: Path | str, images: Path | str | None = None, *, masks: bo
     if folder is not None and not folder.is_dir():
         raise NotADirectoryError(f"open_loader: images must be a folder, got {folder}")
     if target.is_dir():
+        if images is not None:
+            raise ValueError(f"open_loader: images must be left out with a folder, which is {target}, got {images}")
         return _from_folder(target)
     if target.suffix.lower() == ".json":
         return _from_coco(target, folder or target.parent / "images", masks)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
+import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
+import numba
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..pixels.resample import scratch_bytes
 from . import jpeg_kernels as kernels
@@ -26,12 +31,26 @@ KINDS = {
 _SLACK = 64  # bytes after the pixels, for 16-byte loads
 
 
+@contextmanager
+def importing_ffcv() -> Iterator[None]:
+    """Undoes what it does to the process: it leaves torch and numba one thread each, and has a warning printed."""
+    threads = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # FFCV still imports distutils, and says so
+            yield
+    finally:
+        torch.set_num_threads(threads[0])
+        numba.set_num_threads(threads[1])
+
+
 @cache
 def library() -> ctypes.CDLL:
     """TurboJPEG with its argument types: the one FFCV is linked to, else the system's."""
     names = [ctypes.util.find_library("turbojpeg")]
     try:
-        from ffcv import _libffcv
+        with importing_ffcv():
+            from ffcv import _libffcv
 
         names.insert(0, _libffcv.__file__)  # a symbol is also looked for in what a library is linked to
     except ImportError:
@@ -56,7 +75,7 @@ class Bench:
     def __init__(self, file: npt.NDArray[np.uint8], verify: bool) -> None:
         """`file` uint8 [bytes] is the mapped .beton."""
         lib = library()
-        self._lib, self._file = lib, file
+        self._lib, self._file, self._process = lib, file, os.getpid()
         self._info, self._pixels, self._scratch = (np.zeros(size, dtype=np.uint8) for size in (16, _SLACK, 1))
         self.state = np.zeros(kernels.STATE, dtype=np.int64)
         entries = {
@@ -85,10 +104,12 @@ class Bench:
         self.state[kernels.PIXELS], self.state[kernels.SCRATCH] = self._pixels.ctypes.data, self._scratch.ctypes.data
 
     def close(self) -> None:
-        """Give the decompressor back; safe to call twice."""
-        if self.state[kernels.HANDLE]:
+        """Give the decompressor and the memory back, not while in use; safe to call twice."""
+        # A forked child may have copied the decompressor in the midst of its work: left alone there.
+        if self.state[kernels.HANDLE] and os.getpid() == self._process:
             self._lib.tjDestroy(int(self.state[kernels.HANDLE]))
-            self.state[kernels.HANDLE] = 0
+        self.state[kernels.HANDLE] = 0
+        self._pixels = self._scratch = np.zeros(0, dtype=np.uint8)
 
     def __del__(self) -> None:
         if hasattr(self, "state"):

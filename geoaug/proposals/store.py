@@ -1,16 +1,16 @@
 """`ProposalStore`: boxes of many images on disk, in Parquet shards, and read by sample id.
 
 A store is a folder: `manifest.json` (written last, so a folder that has it is whole), shards `shard-00000.parquet` and
-on with one row an image (id, name, height, width, four lists of uint16 source pixels), and `index/`, flat arrays made
-from the shards once and memory-mapped from then on. Boxes are xyxy with exclusive edges, in their maker's order.
+on (see `shard_files`), and `index/`, flat arrays made from the shards once and memory-mapped from then on. Boxes are
+xyxy in source pixels with exclusive edges, in their maker's order.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,69 +22,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..geometry import checks
-from ..geometry.ids import sample_id
 from ..geometry.rng import Key
+from .shard_files import Record, first_names, read_manifest, read_shards, write_atomically, write_manifest, write_shard
+from .soco_json import read_soco
 
-FORMAT = 1
 _ARRAYS = ("ids", "offsets", "sizes", "boxes")
-Record = tuple[str, tuple[int, int], npt.NDArray[np.uint16]]  # name, (height, width), boxes [n, 4]
-
-
-def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError("ProposalStore needs pyarrow: pip install 'geoaug[prep]'") from None
-    return pyarrow, pyarrow.parquet
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + f".part{os.getpid()}")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
-def write_shard(folder: Path, number: int, records: Sequence[Record]) -> dict[str, Any]:
-    """Write one shard under its final name at once, and give its entry for the manifest."""
-    arrow, parquet = _arrow()
-    for name, (height, width), boxes in records:
-        ok = isinstance(boxes, np.ndarray) and boxes.dtype == np.uint16 and boxes.ndim == 2 and boxes.shape[1] == 4
-        got = f"{getattr(boxes, 'dtype', type(boxes).__name__)} {list(getattr(boxes, 'shape', ()))} for {name}"
-        checks.require(ok, "write_shard", "boxes", "uint16 [n, 4]", got)
-        inside = bool((boxes[:, :2] < boxes[:, 2:]).all() and (boxes[:, 2:] <= (width, height)).all())
-        checks.require(
-            inside, "write_shard", "boxes", f"boxes with pixels inside {width} x {height}", f"others for {name}"
-        )
-    counts = np.array([len(boxes) for _, _, boxes in records], dtype=np.int64)
-    flat = np.concatenate([np.zeros((0, 4), dtype=np.uint16), *(boxes for _, _, boxes in records)])
-    offsets = arrow.array(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
-    columns = {
-        "id": arrow.array([sample_id(name) for name, _, _ in records], arrow.int64()),
-        "name": arrow.array([name for name, _, _ in records], arrow.string()),
-        "height": arrow.array([size[0] for _, size, _ in records], arrow.uint16()),
-        "width": arrow.array([size[1] for _, size, _ in records], arrow.uint16()),
-    }
-    for axis, name in enumerate(("x0", "y0", "x1", "y1")):
-        columns[name] = arrow.ListArray.from_arrays(offsets, arrow.array(np.ascontiguousarray(flat[:, axis])))
-    sink = arrow.BufferOutputStream()
-    parquet.write_table(arrow.table(columns), sink, compression="zstd", compression_level=9)
-    data = sink.getvalue().to_pybytes()
-    file = f"shard-{number:05d}.parquet"
-    _write_atomically(folder / file, data)
-    return {
-        "file": file,
-        "images": len(records),
-        "boxes": int(counts.sum()),
-        "bytes": len(data),
-        "crc": zlib.crc32(data),
-    }
-
-
-def write_manifest(folder: Path, shards: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Finish a store: its shards' entries and what made it (preset, engine, parameters, versions, failures)."""
-    manifest = {"format": FORMAT, **about, "shards": list(shards)}
-    _write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,29 +58,29 @@ class ProposalStore:
         return cls.open(folder)
 
     @classmethod
+    def from_soco(
+        cls, file: Path | str, path: Path | str, sizes: Mapping[str, tuple[int, int]], *, shard_size: int = 1000
+    ) -> ProposalStore:
+        """Write a store of SoCo's json, {file name: [[x, y, w, h], ...]}, and open it.
+
+        `sizes` gives the images' names, relative to their root, and their (height, width), which the file lacks;
+        `data_prep/selective_search.py --from-soco` finds both. What has no counterpart is listed in the manifest.
+        """
+        records, problems = read_soco(Path(file), sizes)
+        about = {"made_by": "from_soco", "preset": "soco", "engine": "SoCo's file", "failures": problems}
+        return cls.write(path, records, about=about, shard_size=shard_size)
+
+    @classmethod
     def open(cls, path: Path | str) -> ProposalStore:
         """Open a store; the first time its shards are checked and read into the index."""
         folder = Path(path)
-        file = folder / "manifest.json"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"ProposalStore.open: path must be a finished store, got {folder}: no manifest.json"
-            )
-        data = file.read_bytes()
-        manifest = json.loads(data)
-        form = manifest.get("format") if isinstance(manifest, dict) else None
-        checks.require(form == FORMAT, "ProposalStore.open", "path", f"a store of format {FORMAT}", f"{folder}: {form}")
-        mark = folder / "index" / f"{zlib.crc32(data):08x}"  # an index of another manifest is not this store's
-        if not mark.is_file():
-            arrays = _read_shards(folder, manifest)
+        manifest, crc = read_manifest(folder)
+        mark = folder / "index" / f"{crc:08x}"  # an index of another manifest is not this store's
+        if not _is_whole(mark):
             try:
-                (folder / "index").mkdir(exist_ok=True)
-                for name, array in arrays.items():
-                    part = folder / "index" / f"{name}.part{os.getpid()}.npy"
-                    np.save(part, array, allow_pickle=False)
-                    os.replace(part, folder / "index" / f"{name}.npy")
-                _write_atomically(mark, b"")
+                _make_index(folder, manifest, mark)
             except OSError:  # a store on a read-only disk is kept in memory
+                arrays = read_shards(folder, manifest, lambda _, shape, dtype: np.empty(shape, dtype))
                 return cls(folder, manifest, arrays["ids"], arrays["offsets"], arrays["sizes"], arrays["boxes"])
         index = {name: np.load(folder / "index" / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
         return cls(folder, manifest, index["ids"], index["offsets"], index["sizes"], index["boxes"])
@@ -156,13 +98,15 @@ class ProposalStore:
         """Refuse images of which under 99 % have an entry: store and images belong to different roots, most likely."""
         missing = np.flatnonzero(self.rows(ids) < 0)
         if len(missing) > 0.01 * len(ids):
-            _, parquet = _arrow()
-            shards = self.manifest["shards"]
-            theirs = parquet.read_table(self.path / shards[0]["file"], columns=["name"])["name"] if shards else []
+            theirs = self.names(2)
             raise ValueError(
                 f"ProposalStore: {len(missing)} of {len(ids)} images have no entry in {self.path}: images are named "
-                f"{[names[int(row)] for row in missing[:2]]}, the store's {[str(name) for name in theirs[:2]]}"
+                f"{[names[int(row)] for row in missing[:2]]}, the store's {theirs}"
             )
+
+    def names(self, most: int) -> list[str]:
+        """The names of the first images, in the order they were written; the others' lie in the shards alone."""
+        return first_names(self.path, self.manifest, most)
 
     def boxes(self, identity: int) -> npt.NDArray[np.uint16]:
         """All boxes uint16 [n, 4] of one image, in source pixels."""
@@ -199,33 +143,46 @@ class ProposalStore:
         return torch.from_numpy(boxes.astype(np.float32)).to(ids.device), torch.from_numpy(valid).to(ids.device)
 
 
-def _read_shards(folder: Path, manifest: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """All shards as flat arrays sorted by id; a shard that is not what the manifest says is named."""
-    arrow, parquet = _arrow()
-    ids, sizes, counts, boxes = [], [], [], []
-    for shard in manifest["shards"]:
-        file = folder / shard["file"]
-        data = file.read_bytes() if file.is_file() else b""
-        whole = len(data) == shard["bytes"] and zlib.crc32(data) == shard["crc"]
-        checks.require(whole, "ProposalStore.open", f"shard {shard['file']}", "as the manifest says", "another or none")
-        table = parquet.read_table(arrow.BufferReader(data))
-        ids.append(table["id"].to_numpy())
-        sizes.append(np.stack((table["height"].to_numpy(), table["width"].to_numpy()), axis=1).astype(np.int32))
-        axes = [table[name].combine_chunks() for name in ("x0", "y0", "x1", "y1")]
-        counts.append(np.diff(axes[0].offsets.to_numpy()).astype(np.int64))
-        boxes.append(np.stack([axis.flatten().to_numpy() for axis in axes], axis=1).astype(np.uint16))
-    every = np.concatenate([np.zeros(0, dtype=np.int64), *ids])
-    order = np.argsort(every, kind="stable")
-    twice = every[order][1:] == every[order][:-1]
-    checks.require(not twice.any(), "ProposalStore.open", "ids", "different", f"{int(twice.sum())} twice in {folder}")
-    lengths = np.concatenate([np.zeros(0, dtype=np.int64), *counts])
-    starts = np.cumsum(lengths) - lengths
-    flat = np.concatenate([np.zeros((0, 4), dtype=np.uint16), *boxes])
-    offsets = np.concatenate(([0], np.cumsum(lengths[order]))).astype(np.int64)
-    gather = np.repeat(starts[order] - offsets[:-1], lengths[order]) + np.arange(offsets[-1])
-    return {
-        "ids": every[order],
-        "offsets": offsets,
-        "sizes": np.concatenate([np.zeros((0, 2), dtype=np.int32), *sizes])[order],
-        "boxes": flat[gather],
-    }
+def _is_whole(mark: Path) -> bool:
+    """Whether the index that a mark speaks of is there, in all its bytes."""
+    try:
+        sizes = json.loads(mark.read_bytes())
+        return all((mark.parent / f"{name}.npy").stat().st_size == sizes[name] for name in _ARRAYS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _make_index(folder: Path, manifest: dict[str, Any], mark: Path) -> None:
+    """Write the arrays of the shards, and last what says that they are whole; one process at a time."""
+    (folder / "index").mkdir(exist_ok=True)
+    with _alone(folder / "index"):
+        if _is_whole(mark):  # by a process that was faster
+            return
+        parts = {name: folder / "index" / f"{name}.part.npy" for name in _ARRAYS}
+
+        def room(name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+            array = np.lib.format.open_memmap(parts[name], mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a dead process when it is written to
+                with parts[name].open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, parts[name].stat().st_size)
+            return array
+
+        read_shards(folder, manifest, room)
+        for name, part in parts.items():
+            os.replace(part, folder / "index" / f"{name}.npy")
+        sizes = {name: (folder / "index" / f"{name}.npy").stat().st_size for name in _ARRAYS}
+        write_atomically(mark, json.dumps(sizes).encode())
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process holds the folder; no waiting where there are no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,25 @@
+"""What a backbone has learnt, measured without training it: the table of all measures and of what they need."""
+
+from .backbone import Backbone, tile_means
+from .canvases import disturb, object_tiles, resize, side_by_side, tiled
+from .coupling import CouplingRate, coupling_rate, different_pairs, position_similarity
+from .neighbours import Accuracy, choose_objects, object_features, object_knn, other_images
+
+__all__ = [
+    "Accuracy",
+    "Backbone",
+    "CouplingRate",
+    "choose_objects",
+    "coupling_rate",
+    "different_pairs",
+    "disturb",
+    "object_features",
+    "object_knn",
+    "object_tiles",
+    "other_images",
+    "position_similarity",
+    "resize",
+    "side_by_side",
+    "tile_means",
+    "tiled",
+]
