@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -99,20 +99,21 @@ class Worker:
 
 
 def outcomes(
-    work: Callable[[Any], Any],
+    work: Callable[[Any], Any] | bytes,
     items: Iterable[tuple[int, Any]],
     *,
     workers: int,
     timeout: float,
     idle: list[Worker] | None = None,
-) -> Iterator[tuple[int, Outcome]]:
-    """(number, outcome) of each (number, item), as they are done; `work` must be importable by its module's name.
+) -> Generator[tuple[int, Outcome], None, None]:
+    """(number, outcome) of each (number, item), as they are done; `work`, or its pickle, is known by its module's name.
 
     An exception of `work` is a failure: its `kind` and `reason`, as `ReadError` has them, else of the kind "error". A
     missing package stops the run. No process is left behind, however the caller leaves; but those that have nothing
     more to do are taken from, and given to, `idle` if there is such a list.
     """
-    pickled, waiting, again, crew = pickle.dumps(work), iter(items), deque[Task](), list[Worker]()
+    pickled = work if isinstance(work, bytes) else pickle.dumps(work)
+    waiting, again, crew = iter(items), deque[Task](), list[Worker]()
 
     def following() -> Task | None:
         if again:

@@ -11,7 +11,9 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -109,16 +111,32 @@ def run(
         else:
             made = outcomes(job.work, chain.from_iterable(todo), workers=workers, timeout=timeout)
         done = sum(len(job.rows(number)) for number in entries)
-        parts: dict[int, dict[int, Outcome]] = {}
-        with _progress(len(job.names), done) as tick, closing(made) as results:
-            for row, outcome in results:
-                number = row // job.shard_size
-                part = parts.setdefault(number, {})
-                part[row] = outcome
-                if len(part) == len(job.rows(number)):
-                    entries[number] = _write(job, number, parts.pop(number))
-                tick()
+        entries |= _write_all(job, made, done)
     return Made([entries[number] for number in range(len(job))], versions, len(job.names) - done)
+
+
+def _write_all(job: Job, made: Generator[tuple[int, Outcome], None, None], done: int) -> dict[int, Entry]:
+    """Write each shard when the last of its images is done, in a thread, since encoding may take seconds."""
+    parts: dict[int, dict[int, Outcome]] = {}
+    entries: dict[int, Entry] = {}
+    writing: deque[tuple[int, Future[Entry]]] = deque()
+
+    def collect(most: int) -> None:
+        while len(writing) > most:
+            number, future = writing.popleft()
+            entries[number] = future.result()
+
+    with ThreadPoolExecutor(1) as writer, _progress(len(job.names), done) as tick, closing(made) as results:
+        for row, outcome in results:
+            number = row // job.shard_size
+            part = parts.setdefault(number, {})
+            part[row] = outcome
+            if len(part) == len(job.rows(number)):
+                writing.append((number, writer.submit(_write, job, number, parts.pop(number))))
+                collect(2)
+            tick()
+        collect(0)
+    return entries
 
 
 def _write(job: Job, number: int, part: dict[int, Outcome]) -> Entry:

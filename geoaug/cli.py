@@ -1,4 +1,4 @@
-"""`geoaug doctor | inspect | stats`: what is installed, what a recipe does to your images, and in numbers."""
+"""`geoaug doctor | inspect | stats | export`: what is installed, what a recipe does to images, backbones for others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 
-from . import inspection, recipes
+from . import export, inspection, recipes, weights
 
 _APT = "sudo apt-get install --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config g++"
 _CONDA = "conda install -c conda-forge libjpeg-turbo opencv pkg-config cxx-compiler"
@@ -123,6 +124,13 @@ def stats(args: argparse.Namespace) -> int:
     return 0
 
 
+def write_export(args: argparse.Namespace) -> int:
+    """Write a trained backbone for another tool."""
+    count = export.write_backbone(weights.read_backbone(args.run), args.to, args.out, box_head=args.box_head)
+    print(f"export: wrote {args.out}, {count} tensors for {args.to}, 0 failures")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 on success, 2 on wrong usage, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="geoaug", description=__doc__)
@@ -142,11 +150,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--proposals", type=Path, default=None, help="a store of proposals to show instead of objects"
         )
         command.add_argument("--seed", type=int, default=0, help="another seed, other views")
+    give = commands.add_parser("export", help="a trained backbone for another tool")
+    give.add_argument("run", type=Path, help="a run folder, a checkpoint, a .pth or a .safetensors")
+    give.add_argument("--to", required=True, choices=get_args(export.Format), help="whose names")
+    give.add_argument("--out", type=Path, required=True, help="the file to write")
+    give.add_argument("--box-head", action="store_true", help="detectron2: C5 as the box head of a C4 model alone")
     args = parser.parse_args(arguments)
     try:
-        if args.command != "doctor" and args.count < 1:
+        if args.command in ("inspect", "stats") and args.count < 1:
             raise ValueError(f"--count must be at least 1, got {args.count}")
-        return {"doctor": lambda _: doctor(), "inspect": inspect, "stats": stats}[args.command](args)
+        run = {"doctor": lambda _: doctor(), "inspect": inspect, "stats": stats, "export": write_export}
+        return run[args.command](args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"geoaug {args.command}: {error}", file=sys.stderr)
         return 1

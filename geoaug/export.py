@@ -115,6 +115,18 @@ def to_detectron2(state: Mapping[str, Tensor], *, box_head: bool = False) -> dic
     return {"model": arrays, "__author__": "geoaug", "matching_heuristics": True}
 
 
+class _ArrayPickler(pickle.Pickler):
+    """Writes an array as a call of `numpy.ndarray`; numpy 2's own way names a module that older ones lack.
+
+    detectron2 reads pickles alone, so this is the one that geoaug writes; it reads none.
+    """
+
+    def reducer_override(self, obj: object) -> Any:
+        if type(obj) is not np.ndarray:
+            return NotImplemented
+        return np.ndarray, (obj.shape, obj.dtype.str, bytearray(obj.tobytes()))
+
+
 def write_backbone(state: Mapping[str, Tensor], to: Format, out: Path | str, *, box_head: bool = False) -> int:
     """Write a backbone for another library, whole or not at all; gives the number of tensors written.
 
@@ -134,7 +146,7 @@ def write_backbone(state: Mapping[str, Tensor], to: Format, out: Path | str, *, 
         if to == "detectron2":
             arrays = to_detectron2(state, box_head=box_head)
             with part.open("wb") as file:
-                pickle.dump(arrays, file, protocol=2)  # what detectron2 reads; we never read one
+                _ArrayPickler(file, protocol=4).dump(arrays)
             count = len(arrays["model"])
         elif to == "safetensors":
             count = _write_safetensors(to_torchvision(state), part)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import viz
+from . import composite_pages, viz
 from .geometry import boxes as box_algebra
 from .geometry import grids, pairs, regions
 from .geometry.affine import AxisAffine
@@ -111,7 +111,7 @@ def make_pages(
     """Write `inspect.html` and a contact sheet of a source's first readable images under a recipe."""
     sections: list[tuple[str, str, Tensor | None]] = [("", describe(recipe), None)]
     sheet: list[Tensor] = []
-    shown = 0
+    shown: list[Batch] = []
     with open_loader(
         path, recipe.views, batch_size=1, seed=seed, workers=0, order="file", images=images, proposals=proposals,
         on_error="mask",
@@ -123,14 +123,18 @@ def make_pages(
             rows = rows_of(batch, recipe, source.permute(2, 0, 1), 0)
             sections += [(batch.names[0] if i == 0 else "", title, picture) for i, (title, picture) in enumerate(rows)]
             sheet += [picture for _, picture in rows]
-            shown += 1
-            if shown == count:
+            shown.append(batch)
+            if len(shown) == count:
                 break
         failures = dict(loader.failures)
     if not shown:
         raise ValueError(f"none of the images of {path} could be read, such as {next(iter(failures.items()))}")
+    if composite_pages.applies(recipe):
+        made = composite_pages.rows_of(shown, recipe)
+        sections += [("composites" if i == 0 else "", title, picture) for i, (title, picture) in enumerate(made)]
+        sheet += [picture for _, picture in made]
     paths = [viz.page(f"geoaug inspect: {recipe.about}", sections, out / "inspect.html")]
-    return Written([*paths, viz.save(viz.below(sheet), out / "inspect.png")], shown, failures)
+    return Written([*paths, viz.save(viz.below(sheet), out / "inspect.png")], len(shown), failures)
 
 
 def describe(recipe: Recipe) -> str:

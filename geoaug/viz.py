@@ -82,6 +82,17 @@ def boxes(
     return _drawn(picture, draw)
 
 
+def titled(picture: Picture, title: str, *, tall: int = 20) -> Picture:
+    """The picture under a white strip with a title."""
+    from PIL import ImageFont
+
+    strip = torch.full((3, tall + tall // 2, picture.shape[-1]), 255, dtype=torch.uint8)
+    font = ImageFont.load_default(tall)
+    return torch.cat(
+        (_drawn(strip, lambda canvas, w, h: canvas.text((4, 0), title, fill=0, font=font)), picture), dim=1
+    )
+
+
 def points(
     picture: Picture,
     xy: Float[Tensor, "P 2"],

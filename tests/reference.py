@@ -167,7 +167,7 @@ def cutout(pixels, size, u, ratio, clip, restore):
         target, taken = share * len(box), len(cut & box)
         if restore == "tolerance":
             leave = 0.8 * target < taken <= 1.2 * target
-            again = not leave and 0 < taken and taken >= 0.5 * target
+            again = not leave and taken > 0 and taken >= 0.5 * target
             missing = 0 if leave else target
         else:
             again = taken > target

@@ -101,11 +101,10 @@ def test_published_vector_nine():
     assert (x1 - x0, y1 - y0) == (50, 25)
     assert 60 <= (x0 + x1) / 2 <= 160
     assert 40 <= (y0 + y1) / 2 <= 90
-    key = Key(0, 0, torch.arange(4000))
-    row = boxes.from_pixels(torch.tensor([20.0, 0.0, 180.0, 224.0]), (224, 224)).expand(4000, 1, 4)
-    valid = torch.ones(4000, 1, dtype=torch.bool)
-    shift = shift_composite(torch.zeros(4000, 1, 224, 224).to(torch.uint8)[:, :0], row, valid, -torch.ones(4000).long(),
-                            key=key, cut=False).shift  # fmt: skip
+    key = Key(0, 0, torch.arange(600))
+    row = boxes.from_pixels(torch.tensor([20.0, 0.0, 180.0, 224.0]), (224, 224)).expand(600, 1, 4)
+    valid, images = torch.ones(600, 1, dtype=torch.bool), torch.zeros(600, 0, 224, 224)
+    shift = shift_composite(images, row, valid, images, key=key, cut=False).shift
     assert (int(shift[:, 0].min()), int(shift[:, 0].max())) == (-20, 44)
     assert (shift[:, 1] == 0).all()
 
@@ -543,7 +542,7 @@ def test_boxes_come_straight_from_a_plan():
     kept = 1 - plan.shown().item()
     assert 0.1 < kept < 0.6
     assert 0.2 < out.visible.item() < 0.45
-    assert -1e-6 < out.boxes[..., 0].item()
+    assert out.boxes[..., 0].item() > -1e-6
     assert jitter_boxes(in_view, key=key_of(1), p=0.0).tolist()[0][0] == pytest.approx([0, 0.2, 0.5, 0.6])
 
 
@@ -581,7 +580,7 @@ NAN, ONE = torch.full((1, 1, 4), torch.nan), Key(0, 0, [1])
         (lambda: paste(IMAGES, VALID, IMAGES, torch.zeros(1, 2).long()), r"paste: mask must be bool \[1, 8, 8\]"),
         (lambda: paste(IMAGES, IMAGES[:, 0] > 0, IMAGES, torch.zeros(1, 2)), r"paste: shift must be int64 \[1, 2\]"),
         (lambda: paste(IMAGES, IMAGES[:, 0] > 0, IMAGES[..., :4], torch.zeros(1, 2).long()), "paste: backgrounds must"),
-        (lambda: paste(IMAGES, IMAGES[:, 0] > 0, torch.tensor([1]), torch.zeros(1, 2).long()), r"paste: rows must be in"),
+        (lambda: paste(IMAGES, IMAGES[:, 0] > 0, torch.tensor([1]), torch.zeros(1, 2).long()), "paste: rows must be"),
         (lambda: shift_composite(IMAGES[0], BOX, VALID, IMAGES, key=ONE), "shift_composite: images must be"),
         (lambda: shift_composite(IMAGES, NAN, VALID, IMAGES, key=ONE), "shift_composite: boxes must be finite"),
         (lambda: shift_composite(IMAGES, BOX, VALID, IMAGES, key=ONE, room=1.0), "shift_composite: room must be in"),

@@ -4,11 +4,14 @@ import gc
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
+import weakref
 import zlib
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from data_prep.beton_file import BetonFile, Sample
 from geoaug import LoadError, ProposalStore, ViewSpec, grids, open_loader, plan_views, render, sample_id
 from geoaug.loading.beton import Beton
 from geoaug.loading.crc import _through_tables, crc32
-from geoaug.loading.crew import Pool
+from geoaug.loading.crew import Crew, Pool
 from geoaug.loading.source import open_source
 from geoaug.testing import coordinate_image, disagreement
 
@@ -34,8 +37,11 @@ from geoaug.loading import beton_job, ffcv_ops, jpeg_kernels
 
 pytestmark = pytest.mark.timeout(120)
 SPECS = [ViewSpec((24, 32), (0.2, 1.0)), ViewSpec.like(0, 16), ViewSpec.whole(20, flip=0.5)]
-VIEWS = [ViewSpec(96, (0.5, 1.0), flip=0.5), ViewSpec((48, 80), (0.5, 1.0), flip=1.0), ViewSpec.whole(64),
-         ViewSpec((33, 57), (0.5, 1.0), flip=0.0)]  # fmt: skip
+VIEWS = [ViewSpec(96, (0.08, 1.0), flip=0.5), ViewSpec((48, 80), (0.08, 1.0), flip=1.0), ViewSpec.whole(64),
+         ViewSpec((33, 57), (0.08, 1.0), flip=0.0)]  # fmt: skip
+SIZES = [(97, 131), (128, 96), (61, 60), (45, 120), (110, 70)]
+TINY = [(5, 7), (7, 5), (9, 16), (11, 6), (6, 6)]
+BANDS = 8
 
 
 def jpeg(image, **options):
@@ -131,7 +137,12 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left():
+    before = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # rendering "on a device" is tested on the CPU, where the loader's threads are busy already
     yield
+    torch.set_num_threads(before)
     gc.collect()
     assert threads() == []
 
@@ -139,48 +150,77 @@ def _no_thread_is_left():
 # --- pixels ---------------------------------------------------------------------------------------------------------
 
 
+def bands(height, width):
+    """Gray images uint8 [H, W, 3]: of BANDS a coordinate each shows a part of its ramp in full contrast, the sum all.
+
+    Rendering is linear, so the sum of their views is the view of the sum, and a level is 1 / BANDS of what it is in one
+    coordinate image. There it is half a pixel of the source, and more of a narrow view: rounding alone (with a ratio of
+    two, torch's law rounds half of all pixels up) takes an exact renderer beyond the bound, JPEG or not. Gray, since
+    JPEG rounds colours twice.
+    """
+    ramps = 255 * BANDS * coordinate_image(height, width)[:2]
+    parts = [(ramp - 255 * k).clamp(0, 255).round().to(torch.uint8) for ramp in ramps for k in range(BANDS)]
+    return [part[..., None].expand(-1, -1, 3).contiguous().numpy() for part in parts]
+
+
+def coordinates(views):
+    """The coordinates float32 [3, h, w] that the views of the bands hold together."""
+    values = torch.stack([view[0].float() for view in views]).unflatten(0, (2, BANDS)).sum(1) / (255 * BANDS)
+    return torch.cat((values, torch.zeros_like(values[:1])))
+
+
+@pytest.fixture(scope="module")
+def banded(tmp_path_factory):
+    """For each set of sizes a .beton a band; all have the same names, so they get the same plan."""
+    root, paths = tmp_path_factory.mktemp("bands"), {}
+    for kind, sizes in (("large", SIZES), ("tiny", TINY)):
+        parts = [[jpeg(part, quality=100, subsampling=0) for part in bands(*size)] for size in sizes]
+        paths[kind] = [
+            write(root / f"{kind}{k}.beton", [(f"{i}.jpg", part[k], -1, [], []) for i, part in enumerate(parts)])
+            for k in range(2 * BANDS)
+        ]
+    return paths
+
+
+def golden(paths, specs, mode):
+    """(disagreement, longer side of its source) of every view in two epochs, flipped and not, narrow and wide."""
+    loaded = [epochs(open_loader, path, 2, specs, batch_size=5, render=mode, workers=2)[0] for path in paths]
+    flips, crops = set(), []
+    for batches in zip(*loaded, strict=True):
+        plan = batches[0].plan
+        assert all(torch.equal(batch.plan.crop, plan.crop) for batch in batches)
+        for row in range(5):
+            size = plan.source_size[row].tolist()
+            for v in range(len(specs)):
+                view = coordinates([batch.images[v][row] for batch in batches])
+                yield disagreement(view, plan.view_from_source[row, v], size), max(size)
+                flips.add(bool(plan.flipped[row, v]))
+        crops.append(plan.crop[:, 0])
+    assert flips == {True, False}
+    assert not torch.equal(*crops)
+
+
 @pytest.mark.parametrize("views", [1, 2, 3, 4])
 @pytest.mark.parametrize("mode", ["cpu", "device"])
-def test_pixels_lie_where_the_plan_says_in_both_epochs(tmp_path, views, mode):
-    # Small, so that a level (and JPEG is off by one here and there) is half a pixel at most.
-    sizes = [(97, 131), (128, 96), (61, 60), (45, 120), (110, 70)]
-    samples = []
-    for i, (height, width) in enumerate(sizes * 2):
-        image = coordinate_image(height, width, torch.uint8).permute(1, 2, 0).numpy()
-        samples.append((f"{i}.jpg", jpeg(image, quality=100, subsampling=0), -1, [], []))
-    path = write(tmp_path / "coordinates.beton", samples)
-    flips, crops = set(), []
-    batches, _ = epochs(open_loader, path, 2, VIEWS[:views], batch_size=5, render=mode, workers=2)
-    for batch in batches:
-        maps = batch.plan.view_from_source
-        for row in range(5):
-            for v, image in enumerate(batch.images):
-                size = batch.plan.source_size[row].tolist()
-                assert disagreement(image[row], maps[row, v], size).corner < 0.15
-                flips.add(bool(batch.plan.flipped[row, v]))
-        crops.append(batch.plan.crop[:, 0])
-    assert flips == {True, False}
-    assert not torch.equal(torch.cat(crops[:2]), torch.cat(crops[2:]))
+def test_pixels_lie_where_the_plan_says_in_both_epochs(banded, views, mode):
+    for found, side in golden(banded["large"], VIEWS[:views], mode):
+        assert found.corner < 0.15
+        assert found.pixel < side / 255 + 0.1
 
 
 @pytest.mark.parametrize("mode", ["cpu", "device"])
-def test_pixels_of_the_smallest_views_lie_where_the_plan_says(tmp_path, mode):
-    samples = []
-    for i, (height, width) in enumerate([(61, 60), (45, 70), (50, 33), (64, 64)]):
-        image = coordinate_image(height, width, torch.uint8).permute(1, 2, 0).numpy()
-        samples.append((f"{i}.jpg", jpeg(image, quality=100, subsampling=0), -1, [], []))
-    path = write(tmp_path / "small_views.beton", samples)
-    tiny = [ViewSpec((5, 7), (0.5, 1.0), flip=0.5), ViewSpec((7, 5), (0.5, 1.0), flip=0.5)]
-    flips = set()
-    for batch in epochs(open_loader, path, 2, tiny, batch_size=4, render=mode, workers=2)[0]:
-        for row in range(4):
-            for v, image in enumerate(batch.images):
-                size = batch.plan.source_size[row].tolist()
-                # Too few pixels for a fit to average levels out, so each is held to one level (1.07: the mixing) + 0.1.
-                found = disagreement(image[row], batch.plan.view_from_source[row, v], size)
-                assert found.pixel < 1.07 * max(size) / 255 + 0.1
-                flips.add(bool(batch.plan.flipped[row, v]))
-    assert flips == {True, False}
+def test_pixels_of_the_smallest_images_lie_where_the_plan_says(banded, mode):
+    specs = [ViewSpec(96, (0.5, 1.0), flip=0.5), ViewSpec.whole((48, 80), flip=0.5)]
+    for found, side in golden(banded["tiny"], specs, mode):
+        assert found.corner < 0.15
+        assert found.pixel < side / 255 + 0.1
+
+
+@pytest.mark.parametrize("mode", ["cpu", "device"])
+def test_pixels_of_the_smallest_views_lie_where_the_plan_says(banded, mode):
+    specs = [ViewSpec((5, 7), (0.08, 1.0), flip=0.5), ViewSpec((7, 5), (0.08, 1.0), flip=0.5)]
+    for found, side in golden(banded["large"], specs, mode):
+        assert found.pixel < side / 255 + 0.1  # too few pixels inside the border for a fit
 
 
 def test_pixels_follow_the_plan_of_their_own_epoch(beton):
@@ -217,7 +257,9 @@ def test_small_images(tmp_path, size, mode):
 @pytest.mark.parametrize(
     "options",
     [{}, {"render": "device"}, {"last": "keep"}, {"last": "keep", "render": "device", "replay": True},
-     {"order": "file", "max_boxes": 2}, {"replay": True}, {"verify": False}, {"rank": 1, "world": 2}],
+     {"order": "file", "max_boxes": 2}, {"replay": True}, {"verify": False}, {"rank": 1, "world": 2},
+     {"last": "keep", "batch_size": 20, "rank": 1, "world": 2},  # in its second step this rank has padding alone
+     {"last": "keep", "batch_size": 20, "rank": 1, "world": 2, "render": "device"}],
 )  # fmt: skip
 def test_the_batches_of_the_folder_loader(folder, coco, beton, tmp_path, options):
     objects = convert(coco, tmp_path / "objects.beton")
@@ -299,6 +341,16 @@ def test_what_a_consumer_keeps_is_never_written_again(beton):
     assert all(torch.equal(x, y) for x, y in zip(views, copies, strict=True))
 
 
+def test_the_pool_gives_memory_again_for_batches_that_are_a_little_smaller():
+    pool = Pool(most=2)
+    addresses = {torch.from_numpy(pool.take(size)).data_ptr() for size in (10, 7, 9, 5, 10)}
+    assert len(addresses) == 1
+    held = torch.from_numpy(pool.take(6))
+    assert held.shape == (6,)
+    assert torch.from_numpy(pool.take(6)).data_ptr() not in addresses
+    assert torch.from_numpy(pool.take(4)).data_ptr() not in addresses  # of 10 bytes, 6 would be idle
+
+
 def test_the_pool_gives_memory_again_once_nobody_holds_it():
     pool = Pool(most=2)
     first = torch.from_numpy(pool.take(10))
@@ -313,22 +365,73 @@ def test_the_pool_gives_memory_again_once_nobody_holds_it():
     assert len(addresses) == 1
 
 
-def test_epochs_grow_neither_threads_nor_memory(beton):
-    def held():
-        pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
-        tasks = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else threading.active_count()
-        return pages * os.sysconf("SC_PAGE_SIZE"), tasks
+def tasks():
+    """The system's ids of this process's threads, and its open files; the end of a joined thread takes a moment."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("counts threads as Linux does")
+    return set(os.listdir("/proc/self/task")), set(os.listdir("/proc/self/fd"))
 
-    with open_loader(beton, [ViewSpec(224), ViewSpec(224)], batch_size=22, seed=0, workers=2) as loader:
-        for epoch in range(50):
-            for batch in loader:
-                assert batch.ok.all()
-            if epoch == 9:
-                before = held()
-        after = held()
-        assert len(loader.pool._memory) <= 7
-    assert after[1] <= before[1] + 2  # 40 epochs of two threads; torch may start a few of its own meanwhile
-    assert after[0] - before[0] < 40e6  # 40 epochs of 6.6 MB of pixels
+
+def test_epochs_grow_neither_threads_nor_memory(beton):
+    gc.collect()
+    gc.disable()  # what only the garbage collector would free is a leak: it may come late, and images are large
+    try:
+        with open_loader(beton, SPECS, batch_size=22, seed=0, workers=2) as loader:
+            for _ in range(5):
+                list(loader)
+            held = tasks()
+            tracemalloc.start()
+            for epoch in range(50):
+                for batch in loader:
+                    assert batch.ok.all()
+                if epoch == 9:
+                    before = tracemalloc.get_traced_memory()[0]
+            after = tracemalloc.get_traced_memory()[0]
+            assert len(loader.pool._memory) <= 7
+        assert after - before < 40 * 2000  # 40 epochs; one thread's bench alone has 40,000 bytes
+        deadline = time.monotonic() + 5
+        while not (tasks()[0] <= held[0] and tasks()[1] <= held[1]):
+            assert time.monotonic() < deadline, (tasks(), held)
+            time.sleep(0.01)
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+def test_what_an_iteration_worked_with_goes_when_it_ends(beton, monkeypatch):
+    alive, make = weakref.WeakSet(), ffcv_ops.Worker.__init__
+
+    def noted(self, *arguments):
+        make(self, *arguments)
+        alive.add(self)
+
+    monkeypatch.setattr(ffcv_ops.Worker, "__init__", noted)
+    gc.disable()
+    try:
+        with open_loader(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
+            list(loader)
+            assert len(alive) == 0
+            iterator = iter(loader)
+            next(iterator)
+            assert len(alive) == 2
+            del iterator
+            assert len(alive) == 0
+    finally:
+        gc.enable()
+
+
+def test_closed_loaders_leave_no_file_open(beton):
+    def open_and_close():
+        with open_loader(beton, SPECS, batch_size=2, seed=0, workers=1) as loader:
+            next(iter(loader))
+
+    open_and_close()
+    gc.collect()
+    _, before = tasks()
+    for _ in range(5):
+        open_and_close()
+    gc.collect()
+    assert len(tasks()[1]) <= len(before)
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
@@ -423,6 +526,40 @@ def test_metadata_that_do_not_fit_the_jpeg_are_caught(beton, monkeypatch):
     assert loader.failures[name] == ("size", f"is {width + 1} x {height}, the metadata say {width} x {height}")
 
 
+def resized(data, height, width):
+    """The JPEG with another size in its header."""
+    at = next(i for i in range(len(data)) if data[i : i + 2] == b"\xff\xc0") + 5
+    return data[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 4 :]
+
+
+@pytest.mark.parametrize("mode", ["cpu", "device"])
+def test_jpegs_that_no_writer_would_store_are_reported(tmp_path, mode):
+    """Their CRC-32 is right: the file was made so. None may leave its place in the batch, or show another's pixels."""
+    good = jpeg(picture(0, 40, 50))
+    with io.BytesIO() as file:
+        Image.fromarray(picture(1, 40, 50)).convert("CMYK").save(file, "JPEG")
+        cmyk = file.getvalue()
+    forged = {"cmyk": cmyk, "no rows": resized(good, 0, 50), "no columns": resized(good, 40, 0),
+              "huge": resized(good, 65000, 65000), "taller": resized(good, 41, 50), "swapped": resized(good, 50, 40),
+              "start only": good[:2], "one byte": good[:1], "text": b"no JPEG at all"}  # fmt: skip
+    padded, classes = np.zeros((1, 4), dtype=np.float32), np.full(1, -1, dtype=np.int64)
+    gray = jpeg(picture(2, 40, 50)[..., 0])
+    with BetonFile(tmp_path / "a.beton", 30, 1, 1 << 21) as file:
+        for name, data in {"first": good, **forged, "last": gray}.items():
+            file.add(Sample(name, sample_id(name), -1, data, (40, 50), (40, 50), padded, classes, 0))
+        file.finish({})
+    options = {"batch_size": len(forged) + 2, "order": "file", "on_error": "mask", "render": mode, "workers": 2}
+    for verify in (True, False):
+        for batch in epochs(open_loader, tmp_path / "a.beton", 2, verify=verify, **options)[0]:
+            assert batch.ok.tolist() == [True, *[False] * len(forged), True]
+            assert not any(image[1:-1].any() for image in batch.images)
+            assert all(image[0].any() and image[-1].any() for image in batch.images)
+        _, loader = epochs(open_loader, tmp_path / "a.beton", verify=verify, **options)
+        assert set(loader.failures) == set(forged)
+        assert {name for name, (kind, _) in loader.failures.items() if kind == "size"} == {"huge", "taller", "swapped"}
+        assert loader.report["undecodable"] == len(forged) - 3
+
+
 def test_damaged_boxes_are_reported(coco, tmp_path):
     path = convert(coco, tmp_path / "a.beton")
     opened, data = Beton.open(path), np.fromfile(path, dtype=np.uint8)
@@ -498,11 +635,126 @@ def test_iterators_that_are_left_end_with_their_threads(beton):
 def test_closing_takes_no_longer_than_a_sample_or_two(tmp_path):
     path = write(tmp_path / "large.beton", [(f"{i}.jpg", jpeg(picture(i, 700, 900)), -1, [], []) for i in range(64)])
     with open_loader(path, [ViewSpec(224)], batch_size=32, seed=0, workers=2) as loader:
+        seconds = []
+        for _ in range(7):
+            iterator = iter(loader)
+            next(iterator)
+            start = time.monotonic()
+            loader.close()
+            seconds.append(time.monotonic() - start)
+    assert min(seconds) < 0.05  # the least of them, since the machine may be busy; a batch takes longer than that
+
+
+class Member(threading.Thread):
+    """A thread as a crew wants it."""
+
+    def __init__(self, work):
+        super().__init__(daemon=True)
+        self.work = work
+
+    def run(self):
+        self.work(self)
+
+
+class Meeting:
+    """A job whose first thread closes the crew while it holds what the second one waits for."""
+
+    names = ("a",)
+
+    def __init__(self, crew):
+        self.dealt, self._crew, self._lock, self._held = (
+            np.zeros(1, np.int64),
+            crew,
+            threading.Lock(),
+            threading.Event(),
+        )
+
+    def take_part(self, worker):
+        if worker is self._crew[0].workers[0]:
+            with self._lock:
+                self._held.set()
+                time.sleep(0.05)
+                self._crew[0].close()
+        else:
+            self._held.wait()
+            with self._lock:
+                pass
+
+    def finish(self):
+        return self
+
+
+@pytest.mark.timeout(20)
+def test_an_iterator_collected_as_garbage_in_one_of_its_threads_blocks_none():
+    crew = []
+    members = [Member(lambda worker: crew[0].work(worker)) for _ in range(2)]
+    crew.append(Crew(members, lambda step: Meeting(crew), range(3), ahead=2, error_type=LoadError))
+    crew[0].start()
+    for member in members:
+        member.join(5)
+    assert not any(member.is_alive() for member in members)
+    with pytest.raises(LoadError, match="closed while another thread waited"):
+        next(iter(crew[0]))
+
+
+@pytest.mark.timeout(20)
+def test_closing_ends_the_wait_of_another_thread(beton, monkeypatch):
+    go, heard = threading.Event(), []
+    finish = beton_job.BetonJob.finish
+    with open_loader(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
+        monkeypatch.setattr(beton_job.BetonJob, "finish", lambda job: go.wait() and finish(job))
+
+        def consume():
+            try:
+                list(loader)
+            except LoadError as error:
+                heard.append(str(error))
+
+        consumer = threading.Thread(target=consume)
+        consumer.start()
+        while not threads():
+            time.sleep(0.01)
+        threading.Timer(0.2, go.set).start()
+        loader.close()
+        consumer.join(5)
+        assert heard == ["loader: closed while another thread waited for a batch"]
+        assert loader.state_dict()["epoch"] == 0  # no epoch has ended
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_told_that_the_threads_are_its_parents(beton):
+    with open_loader(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
         iterator = iter(loader)
         next(iterator)
-        start = time.monotonic()
-        loader.close()
-        assert time.monotonic() - start < 0.25  # 50 ms and a batch, on a busy machine
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+            child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            try:
+                next(iterator)
+            except LoadError as error:
+                loader.close()
+                os._exit(0 if "before a fork" in str(error) else 2)
+            finally:
+                os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert len(list(iterator)) == 10
+
+
+def test_a_bench_in_use_is_not_taken_away(beton):
+    go = threading.Event()
+    with open_loader(beton, SPECS, batch_size=2, seed=0) as loader:
+        hired = loader._hired(1, lambda worker: go.wait())
+        (worker,) = hired.workers
+        worker.start()
+        hired.__exit__(None, None, None)  # as if joining had been interrupted
+        assert worker.bench.state[jpeg_kernels.HANDLE] != 0
+        go.set()
+        worker.join()
+        hired.__exit__(None, None, None)
+        assert worker.bench.state[jpeg_kernels.HANDLE] == 0
 
 
 def test_two_iterators_and_two_loaders_at_once(beton):
@@ -546,12 +798,14 @@ def script(text, beton):
 
 def test_a_script_that_leaves_an_iterator_open_ends(beton):
     run = script(
-        "from geoaug import ViewSpec, open_loader\n"
+        "import numba, torch; from geoaug import ViewSpec, open_loader\n"
+        "torch.set_num_threads(3); before = numba.get_num_threads()\n"
         "loader = open_loader(BETON, [ViewSpec(64)], batch_size=2, seed=0, workers=2)\n"
+        "print(torch.get_num_threads(), numba.get_num_threads() - before)  # FFCV's import sets both to 1\n"
         "it = iter(loader); next(it); print('last line')",
         beton,
     )
-    assert (run.returncode, run.stdout, run.stderr) == (0, "last line\n", "")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "3 0\nlast line\n", "")
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -587,6 +841,11 @@ def test_opening_the_module_needs_no_ffcv(beton):
 def test_bad_arguments(our_errors, beton, change, message):
     with pytest.raises(ValueError, match=message):
         open_loader(beton, SPECS, **{"batch_size": 8, "seed": 0, **change})
+
+
+def test_images_beside_a_folder_would_be_ignored_and_are_refused(folder):
+    with pytest.raises(ValueError, match=r"open_loader: images must be left out with a folder, .* got /"):
+        open_loader(folder, SPECS, batch_size=8, seed=0, images=folder / "images")
 
 
 # --- checksum -------------------------------------------------------------------------------------------------------

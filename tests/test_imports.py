@@ -26,6 +26,8 @@ EXTRAS = {
     "accelerate",
     "dask",
     "matplotlib",
+    "safetensors",
+    "timm",
     "tyro",
     "tqdm",
     "kornia",

@@ -178,10 +178,18 @@ def test_a_class_without_a_vote_is_no_guess():
     assert unseen.top5 == 0
 
 
-def test_nothing_overflows_at_a_low_temperature():
-    bank, labels = torch.eye(3).repeat(3, 1), torch.arange(3).repeat(3)
-    found = metrics.object_knn(bank, labels, torch.eye(3), torch.arange(3), k=(9,), temperature=1e-3)[9]
+def test_of_two_classes_with_the_same_votes_the_smaller_label_comes_first():
+    bank, labels, query = torch.eye(2), torch.tensor([7, 3]), torch.ones(2, 2)
+    found = metrics.object_knn(bank, labels, query, torch.tensor([3, 7]), k=(2,))[2]
+    assert found == (0.5, 1, 0.5, 1, 2)
+    found = metrics.object_knn(bank, labels, query[:1], torch.tensor([3]), k=(2,))[2]
     assert found.top1 == 1
+
+
+def test_nothing_overflows_at_a_low_temperature():
+    bank, labels = torch.tensor([[0.9, 0.4], [1.0, 0.0]]), torch.tensor([0, 1])
+    found = metrics.object_knn(bank, labels, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), k=(2,), temperature=1e-3)
+    assert found[2].top1 == 1
 
 
 def test_objects_are_chosen_by_the_key():

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import geoaug
 from geoaug import AxisAffine, Key, Plan, boxes, regions
+from geoaug.pixels import composites
 
 
 class Copies(TorchDispatchMode):
@@ -45,6 +46,9 @@ def cases(device):
     plan = Plan(*(x.to(device, t) for x, t in zip(rows, types, strict=True)), ((8, 8), (8, 8)), 0, 0)
     i, j, h, w = torch.ones(4, batch, device=device)
     sizes = ((224, 160), (96, 128))
+    there, images = torch.ones(batch, 3, device=device).bool(), torch.rand(batch, 3, 5, 7, device=device)
+    partner = torch.zeros(batch, device=device).long()
+    inside = {"clip": "box", "restore": "threshold"}
     return {
         "overlap": lambda: geoaug.overlap(a, b),
         "matched_boxes": lambda: geoaug.matched_boxes(a, b, 3, sizes=sizes, key=key),
@@ -72,6 +76,17 @@ def cases(device):
         "from_torchvision": lambda: geoaug.from_torchvision(i, j, h, w, flips, (5, 7)),
         "from_kornia": lambda: geoaug.from_kornia(torch.rand(batch, 3, 3, device=device), (5, 7), (5, 7)),
         "from_ffcv_ssl": lambda: geoaug.from_ffcv_ssl(torch.ones(batch, 6, device=device), flips),
+        "cutout_masks": lambda: composites.cutout_masks(box, there, (5, 7), key=key),
+        "cutout_masks, inside": lambda: composites.cutout_masks(box, there, (5, 7), key=key, **inside),
+        "square_cutout_masks": lambda: composites.square_cutout_masks(box, there, (5, 7), key=key),
+        "window_masks": lambda: composites.window_masks(box, there, (5, 7), key=key),
+        "jitter_boxes": lambda: composites.jitter_boxes(box, key=key, strict_inside=True),
+        "boxes without proposals": lambda: (composites.grid_boxes(key=key), composites.free_boxes(key=key)),
+        "block_derangement": lambda: composites.block_derangement(key, ok=flips),
+        "paste": lambda: composites.paste(
+            images, images[:, 0] > 0, partner, torch.zeros(batch, 2, device=device).long()
+        ),
+        "shift_composite": lambda: composites.shift_composite(images.half(), box, there, partner, key=key),
     }
 
 

@@ -193,7 +193,17 @@ def forge(folder, columns):
 
 
 @pytest.mark.parametrize(
-    "columns", [{"id": [7]}, {"name": ["b.jpg"]}, {"width": [2]}, {"x0": [[3]]}, {"y1": [[4, 4]]}, {"x1": [[None]]}]
+    "columns",
+    [
+        {"id": [7]},
+        {"name": ["b.jpg"]},
+        {"width": [2]},
+        {"boxes": [[3, 2, 3, 4]]},
+        {"boxes": [[1, 2, 3]]},
+        {"boxes": [None]},
+        {"boxes": [[1, 2, None, 4]]},
+        {"boxes": [[1, 2, 3, 4, 1, 2, 3, 4]]},
+    ],
 )
 def test_a_shard_that_holds_something_else_is_named(tmp_path, columns, our_errors):
     forge(tmp_path, {})

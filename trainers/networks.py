@@ -144,8 +144,8 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         dims = [d for d in range(x.ndim) if d != 1]
-        wide = x.float()
-        ones = torch.full((1,), x.numel() / x.shape[1], device=x.device)
+        wide = x if x.dtype == torch.float64 else x.float()
+        ones = wide.new_full((1,), x.numel() / x.shape[1])
         # Two rounds, so that the variance is taken around the mean of all: E[x^2] - E[x]^2 loses its digits in float32.
         total = _Total.apply(torch.cat((wide.sum(dims), ones)))
         count = total[-1]

@@ -66,11 +66,14 @@ def _make_kernels(stamp):
         found[:] = 0
         # Its own verdict is of no use: it refuses rare subsamplings that the decoder takes. No width, no header.
         _call_header(state[READ_HEADER], (handle, data, length, info, info + 4, info + 8, info + 12))
+        given = (handle, data, length, out, width, pitch, height, RGB, ACCURATE)
         if found[0, 0] < 1 or found[1, 0] < 1:
+            # TurboJPEG is left amid the header and would refuse every image after it. Decompressing fails as well but,
+            # unlike reading a header, cleans up. (Were it to succeed, it would keep to the room it is given.)
+            _call_decompress(state[DECOMPRESS], given)
             return HEADER
         if found[0, 0] != width or found[1, 0] != height:
             return SIZE
-        given = (handle, data, length, out, width, pitch, height, RGB, ACCURATE)
         if _call_decompress(state[DECOMPRESS], given) == 0:
             return OK
         if _call_code(state[ERROR_CODE], (handle,)) != 0:

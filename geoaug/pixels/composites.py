@@ -98,22 +98,23 @@ def shift_composite(
     checks.require(0.0 <= room < 1.0, where, "room", "in [0, 1)", room)
     size = (images.shape[2], images.shape[3])
 
-    pixels = rectangles.pixels_of(boxes, valid, size)
-    edges = box_algebra.clip(boxes).to(torch.float64)
-    edges = edges * checks.on_device((size[1], size[0], size[1], size[0]), edges)
-    kept = _make_room(pixels, edges, size, room)
-    shift = _draw_shift(edges, kept, size, key)
+    view = rectangles.frame(size, images.device)
+    pixels = rectangles.pixels_of(boxes, valid, view)
+    seen = box_algebra.clip(boxes)
+    edges = seen * view
+    kept = _make_room(pixels, edges, view, room)
+    shift = _draw_shift(edges, kept, view, key)
 
-    there = torch.where(kept[..., None], pixels + shift.repeat(1, 2)[:, None], 0)
+    there = (pixels + shift.repeat(1, 2)[:, None]) * kept[..., None]
     mask, shown = rectangles.union(there, *rectangles.grid(size, images.device)), kept.to(torch.float32)
     if cut:
         cutouts = cut_pixels(there, size, key=key.fold("cut"), ratio=ratio, clip=clip, restore=restore)
-        mask, shown = mask & cutouts.keep(), cutouts.shown()
+        mask, shown = mask.logical_and_(cutouts.keep()), cutouts.shown()
     rows = _rows(images, backgrounds, rows)
     behind = images if isinstance(backgrounds, Tensor) and backgrounds.ndim == 1 else backgrounds
     return Composite(
         images=paste(images, mask, behind, shift, rows=rows, fill=fill, moved=True),
-        boxes=shift_boxes(box_algebra.clip(boxes), shift, size),
+        boxes=shift_boxes(seen, shift, size),
         mask=mask,
         shift=shift,
         visible=box_algebra.visible_fraction(boxes).to(torch.float32) * shown,
@@ -133,9 +134,8 @@ def boxes_with_room(
     tensor([[False,  True]])
     """
     checks.require(0.0 <= room < 1.0, "boxes_with_room", "room", "in [0, 1)", room)
-    pixels = rectangles.pixels_of(boxes, valid, size)
-    edges = box_algebra.clip(boxes).to(torch.float64)
-    return _make_room(pixels, edges * checks.on_device((size[1], size[0], size[1], size[0]), edges), size, room)
+    view = rectangles.frame(size, boxes.device)
+    return _make_room(rectangles.pixels_of(boxes, valid, view), box_algebra.clip(boxes) * view, view, room)
 
 
 def _rows(images: Tensor, backgrounds: Tensor, rows: Tensor | None) -> Tensor:
@@ -147,32 +147,29 @@ def _rows(images: Tensor, backgrounds: Tensor, rows: Tensor | None) -> Tensor:
     return torch.arange(len(images), device=images.device)
 
 
-def _make_room(pixels: Tensor, edges: Tensor, size: tuple[int, int], room: float) -> Bool[Tensor, "B K"]:
+def _make_room(pixels: Tensor, edges: Tensor, view: Tensor, room: float) -> Bool[Tensor, "B K"]:
     """Which boxes stay when the largest are dropped until the union leaves `room` of each side free."""
     if pixels.shape[1] == 0:
         return torch.zeros(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
-    some = rectangles.count(pixels) > 0
-    order = largest_first(pixels)
-    from_small = order.flip(1)
-    present = in_order(some, from_small)[..., None]
-    low = torch.where(present, in_order(edges[..., :2], from_small), torch.inf).cummin(dim=1).values
-    high = torch.where(present, in_order(edges[..., 2:], from_small), -torch.inf).cummax(dim=1).values
-    most = checks.on_device((size[1], size[0]), edges) * (1 - room) + _NOISE
-    fits = (high - low <= most).all(dim=-1)  # the union of this box and all smaller ones
-    alone = present[..., 0].cumsum(dim=1) <= 1
-    stays = (fits | alone) & present[..., 0]
-    return stays.gather(1, from_small.argsort(dim=1))
+    from_small = largest_first(pixels).flip(1)
+    present = in_order(rectangles.count(pixels) > 0, from_small)
+    some, span = present[..., None], in_order(edges, from_small)
+    low = torch.where(some, span[..., :2], torch.inf).cummin(dim=1).values
+    high = torch.where(some, span[..., 2:], -torch.inf).cummax(dim=1).values
+    fits = (high - low <= view[:2] * (1 - room) + _NOISE).all(dim=-1)  # the union of this box and all smaller ones
+    alone = present.cumsum(dim=1) <= 1
+    return ((fits | alone) & present).gather(1, from_small.argsort(dim=1))
 
 
-def _draw_shift(edges: Tensor, kept: Tensor, size: tuple[int, int], key: Key) -> Int64[Tensor, "B 2"]:
+def _draw_shift(edges: Tensor, kept: Tensor, view: Tensor, key: Key) -> Int64[Tensor, "B 2"]:
     """Whole pixels, uniform over the shifts that leave the kept boxes in the view; zero where there are none."""
     words = key.words("shift", 1).to(edges.device, non_blocking=True)
     if edges.shape[1] == 0:
         return torch.zeros_like(words[:, :2])
-    any_kept = kept.any(dim=1, keepdim=True)
-    low = torch.where(kept[..., None], edges[..., :2], torch.inf).amin(dim=1)
-    high = torch.where(kept[..., None], edges[..., 2:], -torch.inf).amax(dim=1)
-    limit = checks.on_device((size[1], size[0]), edges)
-    first = torch.where(any_kept, (-low - _NOISE).ceil(), 0).to(torch.int64)
-    last = torch.where(any_kept, (limit - high + _NOISE).floor(), 0).to(torch.int64)
+    some = kept[..., None]
+    low = torch.where(some, edges[..., :2], torch.inf).amin(dim=1)
+    high = torch.where(some, edges[..., 2:], -torch.inf).amax(dim=1)
+    lone = ~kept.any(dim=1, keepdim=True)
+    first = (-low - _NOISE).ceil().masked_fill(lone, 0).to(torch.int64)
+    last = (view[:2] - high + _NOISE).floor().masked_fill(lone, 0).to(torch.int64)
     return first + below(words[:, 0::2], words[:, 1::2], last - first + 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from ..geometry import checks
@@ -23,34 +23,37 @@ from . import rectangles
 class Cutouts:
     """Who cut what: one turn for each slot, from the box with the most pixels to that with the fewest.
 
-    `boxes` are the pixels of each slot, `ratio` the share drawn for it, `cuts` its own cut (zeros: none), `restored`
-    whether its pixels were put back before; `order` [B, K] lists the slots by turn.
+    `boxes` are the pixels of each slot, `ratio` the share drawn for it, `order` the slots by turn. Each turn has two
+    `events` [B, 2 K, 4], a box that is restored and a cut, or zeros where there is none.
     """
 
     boxes: Int64[Tensor, "B K 4"]
     ratio: Float64[Tensor, "B K"]
     order: Int64[Tensor, "B K"]
-    cuts: Int64[Tensor, "B K 4"]
-    restored: Bool[Tensor, "B K"]
+    events: Int64[Tensor, "B E 4"]
     size: tuple[int, int]
 
-    def events(self, turns: int | None = None) -> tuple[Int64[Tensor, "B _T 4"], Int64[Tensor, "B _T 4"]]:
-        """The cuts and the restored boxes of the first turns, or all, in their order."""
-        order = self.order[:, :turns]
-        back = torch.where(self.restored[..., None], self.boxes, 0)
-        return in_order(self.cuts, order), in_order(back, order)
+    @property
+    def restored(self) -> Bool[Tensor, "B _K"]:
+        """Whether each slot's pixels were put back at its turn."""
+        return in_order(rectangles.count(self.events[:, ::2]) > 0, self.order.argsort(dim=1))
+
+    @property
+    def cuts(self) -> Int64[Tensor, "B _K 4"]:
+        """Each slot's own cut."""
+        return in_order(self.events[:, 1::2], self.order.argsort(dim=1))
 
     def keep(self, turns: int | None = None) -> Bool[Tensor, "B _h _w"]:
         """Which pixels of the view are not cut, at the end or after the first turns."""
-        return rectangles.uncut(*self.events(turns), *rectangles.grid(self.size, self.boxes.device))
+        events = self.events if turns is None else self.events[:, : 2 * turns]
+        return rectangles.uncut(events, *rectangles.grid(self.size, self.boxes.device))
 
-    def shown(self) -> Float[Tensor, "B K"]:
+    def shown(self) -> Float32[Tensor, "B _K"]:
         """The share of each box's pixels that is not cut at the end; 0 for boxes without pixels."""
-        slots = self.boxes.shape[1]
-        cuts, back = (events.repeat_interleave(slots, dim=0) for events in self.events())
-        away = rectangles.count_cut(cuts, back, self.boxes.flatten(0, 1)).view(self.ratio.shape)
-        pixels = rectangles.count(self.boxes)
-        return ((pixels - away) / pixels.clamp(min=1)).to(torch.float32)
+        batch, slots = self.ratio.shape
+        events = self.events[:, None].expand(batch, slots, 2 * slots, 4).flatten(0, 1)
+        kept = rectangles.count_uncut(events, self.boxes.flatten(0, 1)).view(batch, slots)
+        return (kept / rectangles.count(self.boxes).clamp(min=1)).to(torch.float32)
 
 
 def in_order(per_slot: Tensor, order: Int64[Tensor, "B T"]) -> Tensor:
@@ -107,7 +110,7 @@ def draw_cutouts(
     """The plan behind `cutout_masks`: every box's ratio, cut and whether it was restored."""
     rectangles.check(boxes, valid, key, "cutout_masks")
     view = checks.pair_of_sizes(size, "cutout_masks", "size")
-    pixels = rectangles.pixels_of(boxes, valid, view)
+    pixels = rectangles.pixels_of(boxes, valid, rectangles.frame(view, boxes.device))
     return cut_pixels(pixels, view, key=key, ratio=ratio, clip=clip, restore=restore, tolerance=tolerance)
 
 
@@ -132,72 +135,73 @@ def cut_pixels(
     u = rectangles.uniform(key, "cutout", 3 * slots, boxes.device).view(batch, slots, 3)
     shares = rectangles.between(low, high, u[..., 0])
     order = largest_first(boxes)
-    turn_boxes, turn_shares, turn_u = (in_order(x, order) for x in (boxes, shares, u))
-    cuts, back = torch.zeros_like(boxes), torch.zeros_like(boxes)
+    turns, place = in_order(boxes, order), in_order(u[..., 1:], order)
+    pixels = rectangles.count(turns)
+    targets = in_order(shares, order) * pixels
+    view = rectangles.frame(size, boxes.device)
+    # What a tolerant turn would cut does not depend on the turns before, so all of it is known at once.
+    own = _around(turns, targets, place, view, clip) if restore == "tolerance" else torch.zeros_like(turns)
+    events: list[Tensor] = []
     for turn in range(slots):
-        box, centre = turn_boxes[:, turn], turn_u[:, turn, 1:]
-        pixels = rectangles.count(box)
-        target = turn_shares[:, turn] * pixels
-        away = torch.zeros_like(pixels)
+        box, target = turns[:, turn], targets[:, turn]
+        away = torch.zeros_like(target)
         if turn:  # nobody has cut before the first turn
-            away = rectangles.count_cut(cuts[:, :turn], back[:, :turn], box)
+            away = pixels[:, turn] - rectangles.count_uncut(torch.stack(events, dim=1), box)
         if restore == "tolerance":
             leave = (away > tolerance[0] * target) & (away <= tolerance[1] * target)
             again = ~leave & (away > 0) & (away >= tolerance[2] * target)
-            missing = torch.where(leave, 0, target)
+            events += [box * again[:, None], own[:, turn] * ~leave[:, None]]
+            continue
+        again = away > target
+        missing = target - torch.where(again, 0, away)
+        events.append(box * again[:, None])
+        if clip == "box":
+            events.append(_inside(box, missing, place[:, turn], events, size))
         else:
-            again = away > target
-            missing = target - torch.where(again, 0, away)
-        back[:, turn] = torch.where(again[:, None], box, 0)
-        if restore == "threshold" and clip == "box":
-            cuts[:, turn] = _inside(box, missing, centre, cuts[:, :turn], back[:, : turn + 1], size)
-        else:
-            cuts[:, turn] = _around(box, missing, centre, size, clip)
-    slot = order.argsort(dim=1)
-    restored = (rectangles.count(back) > 0).gather(1, slot)
-    return Cutouts(boxes, shares, order, in_order(cuts, slot), restored, size)
+            events.append(_around(box, missing, place[:, turn], view, clip))
+    every = torch.stack(events, dim=1) if events else boxes
+    return Cutouts(boxes, shares, order, every, size)
 
 
-def _around(box: Tensor, area: Tensor, centre: Tensor, size: tuple[int, int], clip: str) -> Tensor:
-    """A rectangle [B, 4] of the box's aspect and of `area` [B] pixels, its centre at the share `centre` of the box."""
-    sides = (box[:, 2:] - box[:, :2]).to(torch.float64)
-    middle = box[:, :2] + centre * sides
-    half = 0.5 * (area / rectangles.count(box).clamp(min=1)).sqrt()[:, None] * sides
-    cut = rectangles.whole(torch.cat((middle - half, middle + half), dim=-1), size)
+def _around(box: Tensor, area: Tensor, place: Tensor, view: Tensor, clip: str) -> Int64[Tensor, "*batch 4"]:
+    """Rectangles with the aspect of boxes [*batch, 4], `area` [*batch] pixels and a centre at `place` of the boxes."""
+    sides = (box[..., 2:] - box[..., :2]).to(torch.float64)
+    middle = box[..., :2] + place * sides
+    half = 0.5 * (area / rectangles.count(box).clamp(min=1)).sqrt()[..., None] * sides
+    cut = rectangles.whole(torch.cat((middle - half, middle + half), dim=-1), view)
     if clip == "box":
-        cut = torch.cat((torch.maximum(cut[:, :2], box[:, :2]), torch.minimum(cut[:, 2:], box[:, 2:])), dim=-1)
-    return torch.where((cut[:, 2:] > cut[:, :2]).all(-1, keepdim=True), cut, 0)
+        low, high = torch.maximum(cut[..., :2], box[..., :2]), torch.minimum(cut[..., 2:], box[..., 2:])
+        cut = torch.cat((low, high), dim=-1) * (high > low).all(dim=-1, keepdim=True)
+    return cut
 
 
 def _inside(
-    box: Tensor, missing: Tensor, place: Tensor, cuts: Tensor, back: Tensor, size: tuple[int, int]
-) -> Tensor:  # fmt: skip
-    """The rectangle [B, 4] inside the box that takes closest to `missing` [B] pixels that are not cut yet.
+    box: Tensor, missing: Tensor, place: Tensor, events: list[Tensor], size: tuple[int, int]
+) -> Int64[Tensor, "B 4"]:
+    """The rectangle inside each box [B, 4] that takes closest to `missing` [B] pixels that are not cut yet.
 
     Of a nested row of rectangles that grow by one line of pixels at a time, keeping the box's aspect as well as whole
     pixels can: the error is at most half a line.
     """
     sides = box[:, 2:] - box[:, :2]  # (width, height)
-    lines = torch.arange(size[0] + size[1] + 1, device=box.device)  # of both directions together
     both = sides.sum(dim=1, keepdim=True)
-    lines = torch.minimum(lines, both)  # [B, T]
+    lines = torch.minimum(torch.arange(size[0] + size[1] + 1, device=box.device), both)  # [B, T], of either direction
     width = torch.div(2 * lines * sides[:, :1] + both, (2 * both).clamp(min=1), rounding_mode="floor")
     extent = torch.stack((width, lines - width), dim=1)  # [B, 2, T]
     # An offset of floor(u * (free + 1)) loses at most one when the rectangle gains one, so the row is nested.
     free = sides[..., None] - extent
     low = box[:, :2, None] + (place[..., None] * (free + 1)).floor().to(torch.int64)
     high = low + extent
-    none = torch.zeros_like(back[:, :1])
-    cuts = torch.cat((cuts, none), dim=1)  # restored before its own cut, which is yet to come
-    start, length = rectangles.cells(torch.cat((cuts, back), dim=1), box)
-    there = rectangles.uncut(cuts, back, start[:, 0], start[:, 1]).to(torch.float64)  # exact in whole numbers
+    before = torch.stack(events, dim=1)  # ends with the box restored, or not
+    start, length = rectangles.cells(before, box)
+    there = rectangles.uncut(before, start[:, 0], start[:, 1]).to(torch.float64)  # exact in whole numbers
     end = start + length
     shared = torch.minimum(high[..., None], end[:, :, None]) - torch.maximum(low[..., None], start[:, :, None])
     across, down = shared.clamp(min=0).to(torch.float64).unbind(1)  # [B, T, cells]
     taken = (down @ there * across).sum(dim=-1)
     best = _first_smallest((taken - missing[:, None]).abs())
     cut = torch.cat((low, high), dim=1).gather(2, best[:, None, None].expand(-1, 4, 1))[..., 0]
-    return torch.where((cut[:, 2:] > cut[:, :2]).all(-1, keepdim=True), cut, 0)
+    return cut * (cut[:, 2:] > cut[:, :2]).all(dim=-1, keepdim=True)
 
 
 def _first_smallest(x: Float[Tensor, "B T"]) -> Int64[Tensor, " B"]:
@@ -230,9 +234,10 @@ def square_cutout_masks(
     checks.require(0.0 <= p <= 1.0, where, "p", "in [0, 1]", p)
     batch, slots = boxes.shape[:2]
     u = rectangles.uniform(key, "square", 4 * slots, boxes.device).view(batch, slots, 4)
-    pixels = rectangles.pixels_of(boxes, valid, view)
+    frame = rectangles.frame(view, boxes.device)
+    pixels = rectangles.pixels_of(boxes, valid, frame)
     area = rectangles.between(low, high, u[..., 1]) * rectangles.count(pixels)
     middle = pixels[..., :2] + u[..., 2:] * (pixels[..., 2:] - pixels[..., :2])
     half = 0.5 * torch.where(u[..., 0] < p, area, 0).sqrt()[..., None]
-    squares = rectangles.whole(torch.cat((middle - half, middle + half), dim=-1), view)
+    squares = rectangles.whole(torch.cat((middle - half, middle + half), dim=-1), frame)
     return ~rectangles.union(squares, *rectangles.grid(view, boxes.device))

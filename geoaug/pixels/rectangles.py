@@ -7,13 +7,14 @@ looking at pixels, on the cells that their edges cut the plane into, and drawn o
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from ..geometry import checks
 from ..geometry.rng import Key
 
 _BITS = 8  # of the bytes in which the rectangles around a pixel are noted
+_RESTORED, _CUT = 0b01010101, 0b10101010
 
 
 def check(boxes: Tensor, valid: Tensor, key: Key, where: str) -> None:
@@ -34,7 +35,7 @@ def check_key(key: Key, rows: Tensor, where: str) -> None:
     checks.require(near, where, "key", f"on {rows.device} or the CPU", key.ids.device)
 
 
-def uniform(key: Key, stream: str, n: int, device: torch.device) -> Float[Tensor, "B n"]:
+def uniform(key: Key, stream: str, n: int, device: torch.device) -> Float64[Tensor, "B n"]:
     """The key's numbers in float64 on a device: from there on every step is exactly rounded, so alike everywhere."""
     return key.uniform(stream, n).to(device, torch.float64, non_blocking=True)
 
@@ -44,77 +45,77 @@ def between(low: float, high: float, u: Tensor) -> Tensor:
     return low + (high - low) * u
 
 
-def whole(edges: Tensor, size: tuple[int, int]) -> Int64[Tensor, "*batch 4"]:
-    """The pixels of rectangles with continuous edges in pixels, inside a view of size (h, w)."""
-    limit = checks.on_device((size[1], size[0], size[1], size[0]), edges)
-    return torch.minimum((edges - 0.5).ceil().clamp(min=0), limit).to(torch.int64)
+def frame(size: tuple[int, int], device: torch.device) -> Float64[Tensor, "4"]:
+    """(w, h, w, h) of a view of size (h, w), filled on the device: a copy from the host would synchronise."""
+    sides = torch.full((4,), size[1], dtype=torch.float64, device=device)
+    sides[1::2] = size[0]
+    return sides
+
+
+def whole(edges: Float64[Tensor, "*batch 4"], frame: Float64[Tensor, "4"]) -> Int64[Tensor, "*batch 4"]:
+    """The pixels of rectangles with continuous edges in pixels, inside a view's frame; zeros where there are none."""
+    rectangles = torch.minimum((edges - 0.5).ceil().clamp(min=0), frame)
+    some = (rectangles[..., 2:] > rectangles[..., :2]).all(dim=-1, keepdim=True)
+    return (rectangles * some).to(torch.int64)
 
 
 def pixels_of(
-    boxes: Float[Tensor, "B K 4"], valid: Bool[Tensor, "B K"], size: tuple[int, int]
+    boxes: Float[Tensor, "B K 4"], valid: Bool[Tensor, "B K"], frame: Float64[Tensor, "4"]
 ) -> Int64[Tensor, "B K 4"]:
-    """The pixels of unit boxes in a view of size (h, w); zeros for slots that are not valid or hold no pixel's centre.
+    """The pixels of unit boxes in a view's frame; zeros for slots that are not valid or hold no pixel's centre.
 
-    >>> pixels_of(torch.tensor([[[0.25, -0.5, 0.75, 0.5]]]), torch.tensor([[True]]), (4, 8))
+    >>> view = frame((4, 8), torch.device("cpu"))
+    >>> pixels_of(torch.tensor([[[0.25, -0.5, 0.75, 0.5]]]), torch.tensor([[True]]), view)
     tensor([[[2, 0, 6, 2]]])
     """
-    edges = boxes.to(torch.float64)
-    rectangles = whole(edges * checks.on_device((size[1], size[0], size[1], size[0]), edges), size)
-    some = valid & (rectangles[..., 2:] > rectangles[..., :2]).all(-1)
-    return torch.where(some[..., None], rectangles, 0)
+    return whole(boxes * frame, frame) * valid[..., None]
 
 
 def count(rectangles: Int64[Tensor, "*batch 4"]) -> Int64[Tensor, "*batch"]:
     """How many pixels each rectangle has."""
-    sides = (rectangles[..., 2:] - rectangles[..., :2]).clamp(min=0)
+    sides = rectangles[..., 2:] - rectangles[..., :2]
     return sides[..., 0] * sides[..., 1]
 
 
-def _bits(low: Tensor, high: Tensor, at: Tensor, first: int, step: int) -> UInt8[Tensor, "B n"]:
-    """A byte for each coordinate `at` [B or 1, n]: bit first + step * e tells whether it is in [low, high) [B, E]."""
-    inside = (at[:, None] >= low[..., None]) & (at[:, None] < high[..., None])  # [B, E, n]
-    place = torch.arange(first, first + step * inside.shape[1], step, dtype=torch.uint8, device=at.device)
-    return (inside.to(torch.uint8) << place[:, None]).sum(dim=1, dtype=torch.uint8)
+def grid(size: tuple[int, int], device: torch.device) -> tuple[Int64[Tensor, "1 w"], Int64[Tensor, "1 h"]]:
+    """The columns and rows of a view's pixels, for `union` and `uncut`."""
+    return torch.arange(size[1], device=device)[None], torch.arange(size[0], device=device)[None]
 
 
-def _both(rectangles: Tensor, x: Tensor, y: Tensor, first: int, step: int) -> UInt8[Tensor, "B ny nx"]:
-    """Bit first + step * e of each place: whether it lies in rectangle e [B, E, 4]."""
-    columns = _bits(rectangles[..., 0], rectangles[..., 2], x, first, step)
-    rows = _bits(rectangles[..., 1], rectangles[..., 3], y, first, step)
-    return rows[:, :, None] & columns[:, None, :]
+def _bits(low: Tensor, high: Tensor, at: Tensor) -> UInt8[Tensor, "*batch n"]:
+    """A byte for each coordinate `at` [*batch or 1, n]: bit e tells whether it is in [low, high) [*batch, E <= 8]."""
+    inside = (at[..., None, :] >= low[..., None]) & (at[..., None, :] < high[..., None])  # [*batch, E, n]
+    place = torch.arange(inside.shape[-2], dtype=torch.uint8, device=at.device)
+    return (inside.to(torch.uint8) << place[:, None]).sum(dim=-2, dtype=torch.uint8)
 
 
 def union(
     rectangles: Int64[Tensor, "B E 4"], x: Int64[Tensor, "#B nx"], y: Int64[Tensor, "#B ny"]
 ) -> Bool[Tensor, "B ny nx"]:
     """Whether each place (x, y) lies in any of the rectangles."""
-    inside, *others = (_both(part, x, y, 0, 1) for part in rectangles.split(_BITS, dim=1))
+    x0, y0, x1, y1 = rectangles.unbind(dim=-1)
+    parts = (slice(e, e + _BITS) for e in range(0, max(1, rectangles.shape[1]), _BITS))
+    inside, *others = (_bits(y0[:, e], y1[:, e], y)[:, :, None] & _bits(x0[:, e], x1[:, e], x)[:, None] for e in parts)
     for other in others:
-        inside = inside | other
-    return inside.to(torch.bool)  # six times faster than a comparison with 0
+        inside |= other
+    return inside.clamp_(max=1).view(torch.bool)  # in place, since fresh memory costs more than the arithmetic
 
 
 def uncut(
-    cuts: Int64[Tensor, "B E 4"],
-    restored: Int64[Tensor, "B E 4"],
-    x: Int64[Tensor, "#B nx"],
-    y: Int64[Tensor, "#B ny"],
+    events: Int64[Tensor, "B E 4"], x: Int64[Tensor, "#B nx"], y: Int64[Tensor, "#B ny"]
 ) -> Bool[Tensor, "B ny nx"]:
-    """Whether each place (x, y) is there in the end: rectangle 0 is restored, cut 0 made, 1 restored, and so on.
+    """Whether each place (x, y) is there in the end: rectangle 0 is restored, 1 cut, 2 restored, 3 cut, and so on.
 
-    The last rectangle to touch a place decides. With one bit for each, later ones higher, that is the larger number.
+    The last rectangle to touch a place decides. With a bit for each, later ones higher, that is the larger number.
     """
-    parts = zip(cuts.split(_BITS // 2, dim=1), restored.split(_BITS // 2, dim=1), strict=True)
-    (cut, back), *others = ((_both(c, x, y, 1, 2), _both(r, x, y, 0, 2)) for c, r in parts)
-    keep = back >= cut
-    for cut, back in others:
-        keep = (back >= cut) & (keep | back.to(torch.bool))
+    x0, y0, x1, y1 = events.unbind(dim=-1)
+    parts = (slice(e, e + _BITS) for e in range(0, max(1, events.shape[1]), _BITS))
+    bits = ((_bits(y0[:, e], y1[:, e], y)[:, :, None], _bits(x0[:, e], x1[:, e], x)[:, None]) for e in parts)
+    (back, cut), *others = (((rows & _RESTORED) & columns, (rows & _CUT) & columns) for rows, columns in bits)
+    keep = back.ge_(cut).view(torch.bool)  # in place, since fresh memory costs more than the arithmetic
+    for back, cut in others:
+        keep = (keep | back.to(torch.bool)) & (back >= cut)
     return keep
-
-
-def grid(size: tuple[int, int], device: torch.device) -> tuple[Int64[Tensor, "1 w"], Int64[Tensor, "1 h"]]:
-    """The columns and rows of a view's pixels, for `union` and `uncut`."""
-    return torch.arange(size[1], device=device)[None], torch.arange(size[0], device=device)[None]
 
 
 def cells(
@@ -127,10 +128,8 @@ def cells(
     return edges[..., :-1], edges.diff(dim=-1)
 
 
-def count_cut(
-    cuts: Int64[Tensor, "N E 4"], restored: Int64[Tensor, "N E 4"], box: Int64[Tensor, "N 4"]
-) -> Int64[Tensor, " N"]:
-    """How many pixels of a box are cut in the end, by `uncut`."""
-    start, length = cells(torch.cat((cuts, restored), dim=1), box)
-    keep = uncut(cuts, restored, start[:, 0], start[:, 1])
-    return count(box) - (length[:, 1, :, None] * length[:, 0, None, :] * keep).sum(dim=(1, 2))
+def count_uncut(events: Int64[Tensor, "N E 4"], box: Int64[Tensor, "N 4"]) -> Int64[Tensor, " N"]:
+    """How many pixels of a box are there in the end, by `uncut`."""
+    start, length = cells(events, box)
+    keep = uncut(events, start[:, 0], start[:, 1])
+    return (length[:, 1, :, None] * length[:, 0, None] * keep).sum(dim=(1, 2))

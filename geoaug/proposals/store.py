@@ -131,16 +131,25 @@ class ProposalStore:
         slots = np.arange(m)[None].repeat(len(rows), 0)
         if key is not None and m > 0 and counts.max(initial=0) > m:
             checks.require(len(key) == len(rows), "ProposalStore.padded", "key", f"of {len(rows)} ids", len(key))
-            draws = key.to("cpu").uniform("candidates", int(counts.max())).numpy()
-            draws = np.where(np.arange(draws.shape[1]) < counts[:, None], draws, np.inf)
-            chosen = np.sort(np.argsort(draws, axis=1, kind="stable")[:, :m], axis=1)
-            slots = np.where((counts > m)[:, None], chosen, slots)
+            slots[counts > m] = _drawn(key.to("cpu"), counts, m)
         valid = slots < counts[:, None]
         boxes = np.zeros((len(rows), m, 4), dtype=np.float32)
         if valid.any():
             size = np.where(known[:, None], self.sizes[rows], 1)[:, None, [1, 0, 1, 0]].astype(np.float32)
             boxes = np.where(valid[..., None], self.flat[np.where(valid, starts[:, None] + slots, 0)] / size, 0)
         return torch.from_numpy(boxes.astype(np.float32)).to(ids.device), torch.from_numpy(valid).to(ids.device)
+
+
+def _drawn(key: Key, counts: npt.NDArray[np.int64], m: int) -> npt.NDArray[np.int64]:
+    """The m candidates of smallest draw, in their order, of each row of more than m; of equal draws the first."""
+    rows = np.flatnonzero(counts > m)
+    most = int(counts.max())
+    draws = key[torch.from_numpy(rows)].uniform("candidates", most).numpy()  # multiples of 2^-24
+    place = np.arange(most)
+    rank = ((draws * 2**24).astype(np.int64) << 32) | place  # no two alike, so that exactly m are taken
+    rank[place >= counts[rows, None]] = np.iinfo(np.int64).max
+    last = np.partition(rank, m - 1, axis=1)[:, m - 1 : m]
+    return np.nonzero(rank <= last)[1].reshape(len(rows), m)
 
 
 def _is_whole(mark: Path) -> bool:
