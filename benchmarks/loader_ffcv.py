@@ -19,8 +19,8 @@ from geoaug import ViewSpec
 
 VIEW = ViewSpec(224, scale=(0.2, 1.0))
 ONE, TWO, DECODING = "FFCV, one pipeline (one view)", "FFCV, two pipelines", "decoding alone, .beton, same decoder"
-OURS, WHOLE = "geoaug .beton, {} tracked views", "geoaug .beton, whole images for a device, loader alone"
-ON_DEVICE = "geoaug .beton, two tracked views rendered on the GPU"
+OURS, WHOLE = "geoaug .beton, {} tracked views", "geoaug .beton, whole images for {} views of a device, loader alone"
+ON_DEVICE = "geoaug .beton, {} tracked views rendered on {}"
 
 
 def available() -> bool:
@@ -124,10 +124,12 @@ def contenders(file: Path, batch: int, workers: int) -> dict[str, Callable[[], o
         "geoaug .beton, two tracked views, verify=False": partial(
             drain, open_loader(file, [VIEW] * 2, verify=False, **options)
         ),
-        WHOLE: partial(without_rendering, open_loader(file, [VIEW] * 2, render="device", **options)),
     }
-    if torch.cuda.is_available():
-        found[ON_DEVICE] = partial(drain, open_loader(file, [VIEW] * 2, render="device", device="cuda", **options))
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU to have seen it, not to recommend it
+    for n in (1, 2, 3, 4):
+        whole = open_loader(file, [VIEW] * n, render="device", device=device, **options)
+        found[WHOLE.format(n)] = partial(without_rendering, whole)
+        found[ON_DEVICE.format(n, device)] = partial(drain, whole)
     return found
 
 
@@ -137,7 +139,8 @@ def ratios(seconds: dict[str, list[float]]) -> list[tuple[str, str]]:
         (f"{two} over {other}", ratio(seconds, other, two)) for other in (TWO, "torchvision v2, persistent workers")
     ]
     rows += [(f"{OURS.format(n)} over decoding alone", ratio(seconds, DECODING, OURS.format(n))) for n in (1, 2, 3, 4)]
-    return [*rows, (f"{WHOLE} over decoding alone", ratio(seconds, DECODING, WHOLE))]
+    whole = [WHOLE.format(n) for n in (1, 2, 3, 4)]
+    return [*rows, *((f"{name} over decoding alone", ratio(seconds, DECODING, name)) for name in whole)]
 
 
 def bookkeeping(file: Path, batch: int, workers: int) -> str:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from geoaug.inspection import sizes_of
 from geoaug.loading.beton import Beton
-from geoaug.loading.decode import ReadError, _decode_jpeg, read_image
+from geoaug.loading.decode import ReadError, decode_jpeg, read_image
 from geoaug.loading.source import open_source
 from geoaug.proposals import select
 from geoaug.proposals.selective_search import selective_search
@@ -82,7 +82,7 @@ def _read(item: Any) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
     if zlib.crc32(jpeg) != beton.crcs[row]:
         raise ReadError("crc", "its JPEG is not as it was written")
     height, width = beton.sizes[row].tolist()
-    return _decode_jpeg(jpeg, True).numpy(), (height, width)
+    return decode_jpeg(jpeg, True).numpy(), (height, width)
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,12 +3,12 @@
     python data_prep/selective_search.py IMAGES --out STORE [--preset d3ssl|soco|strategies] [--workers N] [--limit N]
         [--images DIR] [--repair] [--cluster ADDRESS|local] [--timeout S] [--from-soco FILE.json]
 
-IMAGES is a folder, a list, a COCO json or a .beton; boxes are in pixels of the source, also where a .beton holds it made
-smaller. Presets: `d3ssl` and `soco` are the regions of the package `selectivesearch` at 300 / 0.9 / 100 (`soco` with its
-texture repaired), duplicates dropped and SoCo's filter applied with its fallbacks; `strategies` is the paper's method
-with several colours and scales, ranked and unfiltered. An image that cannot be read, crashes its process or takes too
-long is recorded in the manifest and left out. The same images and parameters give the same bytes for any number of
-workers, here or on a cluster. `--from-soco` writes no new boxes but those of SoCo's own file.
+IMAGES is a folder, a list, a COCO json or a .beton; boxes are in pixels of the source, also where a .beton holds it
+made smaller. Presets: `d3ssl` and `soco` are the regions of the package `selectivesearch` at 300 / 0.9 / 100 (`soco`
+with its texture repaired), duplicates dropped and SoCo's filter applied with its fallbacks; `strategies` is the paper's
+method with several colours and scales, ranked and unfiltered. An image that cannot be read, crashes its process or
+takes too long is recorded in the manifest and left out. The same images and parameters give the same bytes for any
+number of workers, here or on a cluster. `--from-soco` writes no new boxes but those of SoCo's own file.
 """
 
 import argparse

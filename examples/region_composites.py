@@ -31,7 +31,7 @@ def main() -> None:
     view = geoaug.render(image, plan)[0][None]  # [1, 3, 224, 224]
     size, key = (224, 224), Key(args.seed, 0, plan.ids)
     boxes = torch.tensor(
-        [[[0.1, 0.18, 0.55, 0.7], [0.3, 0.3, 0.55, 0.6], [0.6, 0.25, 0.85, 0.5], [0.55, 0.62, 0.8, 0.9]]]
+        [[[0.05, 0.1, 0.6, 0.78], [0.22, 0.33, 0.56, 0.73], [0.7, 0.28, 0.95, 0.65], [0.22, 0.68, 0.5, 0.95]]]
     )
     valid = torch.ones(1, 4, dtype=torch.bool)
     back = view.flip(-1).flip(-2) // 2  # stands in for another image of the batch
@@ -44,7 +44,8 @@ def main() -> None:
     masked = composites.window_masks(boxes, valid, size, key=key.fold("prm"))
     visible = composites.window_masks(boxes, valid, size, key=key.fold("prm"), mode="visible")
     masks = {"PRC: cutout by proposal": prc, "PRC, cuts inside their boxes": inside, "SoCo's square cutout": squares,
-             "PRM: 20 to 60 % masked": masked, "PRM: window of 20 to 60 %": visible, "PRM of PRC, eq. 2": prc & masked}  # fmt: skip
+             "PRM: 20 to 60 % masked": masked, "PRM: window of 20 to 60 %": visible,
+             "PRM of PRC, eq. 2": prc & masked}  # fmt: skip
     sheet += [(name, torch.where(keep[:, None], view, gray), boxes) for name, keep in masks.items()]
     for law in composites.JITTER_LAWS:
         jittered = composites.jitter_boxes(boxes, key=key.fold("jitter"), law=law, p=1.0)

@@ -19,7 +19,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from . import export, inspection, recipes, weights
+from . import export, inspection, recipes, store_pages, weights
 
 _APT = "sudo apt-get install --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config g++"
 _CONDA = "conda install -c conda-forge libjpeg-turbo opencv pkg-config cxx-compiler"
@@ -82,14 +82,20 @@ def _self_test() -> str | None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Write pictures and a page of a recipe on the user's images."""
+    """Write pictures and a page of a recipe on the user's images, or of a store's boxes on them."""
+    if store_pages.is_store(args.path):
+        written = store_pages.make_store_pages(args.path, args.out, count=args.count, images=args.images)
+        return _wrote(written, "boxes")
     recipe = recipes.recipe(args.preset)
     recipe = recipe if args.size is None else recipe.at(args.size)
     options = {"count": args.count, "seed": args.seed, "images": args.images, "proposals": args.proposals}
-    written = inspection.make_pages(args.path, recipe, args.out, **options)
+    return _wrote(inspection.make_pages(args.path, recipe, args.out, **options), args.preset)
+
+
+def _wrote(written: inspection.Written, what: str) -> int:
     files = " and ".join(str(path) for path in written.paths)
     kinds = Counter(kind for kind, _ in written.failures.values())
-    print(f"inspect: wrote {files}: {args.preset} on {written.images} images, {_failures(kinds)}")
+    print(f"inspect: wrote {files}: {what} on {written.images} images, {_failures(kinds)}")
     return 0
 
 
@@ -137,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what is missing, and the line that brings it")
     look = commands.add_parser("inspect", help="pictures of what a recipe does to your images")
-    look.add_argument("path", type=Path, help="a folder of images, a list of paths, or a COCO json")
+    look.add_argument("path", type=Path, help="a folder of images, a list of paths, a COCO json, or a store")
     look.add_argument("--out", type=Path, default=Path("runs/inspect"), help="folder for the page and the sheet")
     look.add_argument("--size", type=int, default=None, help="size of the largest view, instead of the recipe's")
     numbers = commands.add_parser("stats", help="overlaps, valid cells and box sizes of a recipe; touches no pixel")
@@ -145,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command, count in ((look, 4), (numbers, 30_000)):
         command.add_argument("--preset", default="scrl", choices=list(recipes.RECIPES), help="whose recipe")
         command.add_argument("--count", type=int, default=count, help="at most so many images")
-        command.add_argument("--images", type=Path, default=None, help="where a list's or json's photographs lie")
+        command.add_argument(
+            "--images", type=Path, default=None, help="where a list's, json's or store's photographs lie"
+        )
         command.add_argument(
             "--proposals", type=Path, default=None, help="a store of proposals to show instead of objects"
         )

@@ -17,7 +17,6 @@ from .geometry.affine import AxisAffine
 from .geometry.plan import Plan, plan_views
 from .geometry.rng import Key
 from .loading.batch import Batch, pad_boxes
-from .loading.decode import read_image
 from .loading.opening import open_loader
 from .loading.source import Source, open_source
 from .pixels.color import color
@@ -119,8 +118,7 @@ def make_pages(
         for batch in loader:
             if not batch.ok.all():
                 continue
-            source, _ = read_image(loader.source.root / batch.names[0])
-            rows = rows_of(batch, recipe, source.permute(2, 0, 1), 0)
+            rows = rows_of(batch, recipe, loader.stored(batch.names[0]).permute(2, 0, 1), 0)
             sections += [(batch.names[0] if i == 0 else "", title, picture) for i, (title, picture) in enumerate(rows)]
             sheet += [picture for _, picture in rows]
             shown.append(batch)

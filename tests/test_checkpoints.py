@@ -183,3 +183,16 @@ def test_a_disk_that_fails_when_the_file_ends_leaves_the_checkpoint_before(tmp_p
         with pytest.raises(OSError, match=r"^(unexpected pos 64|.*No space left on device|OSError)$"):
             saved(tmp_path, 3)
         assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == [first.name]
+
+
+def test_a_kill_while_saving_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    first = saved(tmp_path)
+
+    def killed(whole, out):
+        out.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, 3)
+    assert list((tmp_path / "checkpoints").glob("step-*.pt")) == [first]

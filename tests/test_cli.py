@@ -153,6 +153,30 @@ def test_proposals_are_shown_and_counted(folder, tmp_path, capsys):
     assert middle == pytest.approx((32 / 81 * 7 + 30 / 60 * 7) / 2, rel=0.2)
 
 
+def test_a_store_is_shown_on_its_images(folder, tmp_path, capsys):
+    box = np.array([[8, 6, 40, 36]], dtype=np.uint16)
+    records = [("0.jpg", (60, 80), box), ("1.jpg", (60, 81), np.repeat(box, 41, 0)), ("2.jpg", (60, 82), box[:0])]
+    about = {"preset": "d3ssl", "failures": {"empty": [["x.jpg", "no bytes"]]}}
+    ProposalStore.write(tmp_path / "store", records, about=about)
+    look = ["inspect", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    assert main([*look, "--images", str(folder)]) == 0
+    assert capsys.readouterr().out.strip().endswith("inspect.png: boxes on 3 images, 0 failures")
+    page = (tmp_path / "out" / "inspect.html").read_text()
+    for text in ("preset: d3ssl", "1 failed: empty", "3 images, 1 of them without a box", "1 boxes of 80 x 60 pixels",
+                 "41 boxes of 81 x 60 pixels, the first 40 drawn", "0 boxes of 82 x 60 pixels"):  # fmt: skip
+        assert text in page
+    sheet = np.asarray(Image.open(tmp_path / "out" / "inspect.png")).astype(int)
+    times = -(-448 // 80)
+    left, right = sheet[: 60 * times, : 80 * times], sheet[: 60 * times, 80 * times + 8 : 160 * times + 8]
+    changed = np.argwhere((left != right).any(-1)) // times
+    assert (changed.min(0).tolist(), changed.max(0).tolist()) == ([6, 8], [35, 39])
+    assert main(look) == 1
+    assert "is a store, which holds no images: say where they lie with --images" in capsys.readouterr().err
+    other = ProposalStore.write(tmp_path / "other", [("y/0.jpg", (60, 80), box)])
+    assert main(["inspect", str(other.path), "--images", str(folder), "--out", str(tmp_path)]) == 1
+    assert "has no entry of any image of" in capsys.readouterr().err
+
+
 def test_boxes_are_drawn_where_they_are():
     picture = torch.zeros(3, 40, 60, dtype=torch.uint8)
     drawn = viz.boxes(

@@ -14,6 +14,7 @@ from geoaug.pixels.composites import (
     JITTER_LAWS,
     Composite,
     block_derangement,
+    boxes_with_room,
     cutout_masks,
     draw_cutouts,
     free_boxes,
@@ -358,6 +359,7 @@ def test_composites_are_the_loops(size, room):
         shift = (x0 + reference.below(*words[b][:2], x1 - x0 + 1), y0 + reference.below(*words[b][2:], y1 - y0 + 1))
         assert tuple(out.shift[b].tolist()) == shift
         assert out.valid[b].tolist() == [k in stay for k in range(K)]
+        assert boxes_with_room(given_boxes, valid, size, room)[b].tolist() == out.valid[b].tolist()
         moved = [{(i + shift[1], j + shift[0]) for i, j in p} if k in stay else set() for k, p in enumerate(pixels)]
         cut = reference.cutout(moved, size, u[b], **ways)[-1][-1]
         shown = set().union(*moved) - cut
@@ -585,6 +587,7 @@ NAN, ONE = torch.full((1, 1, 4), torch.nan), Key(0, 0, [1])
         (lambda: shift_composite(IMAGES, NAN, VALID, IMAGES, key=ONE), "shift_composite: boxes must be finite"),
         (lambda: shift_composite(IMAGES, BOX, VALID, IMAGES, key=ONE, room=1.0), "shift_composite: room must be in"),
         (lambda: shift_composite(IMAGES, BOX, VALID, IMAGES[..., :4], key=ONE), "backgrounds must be"),
+        (lambda: boxes_with_room(NAN, VALID, (8, 8)), "boxes_with_room: boxes must be finite"),
         (lambda: shift_boxes(BOX, torch.zeros(3, 2), (8, 8)), "shift_boxes: shift must be"),
     ],
 )  # fmt: skip

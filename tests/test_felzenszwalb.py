@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pytest
 from scipy import ndimage
 
-from geoaug.proposals.felzenszwalb import blur, gaussian, segment, sort_edges, to_planes
+from geoaug.proposals.blurring import blur, gaussian, to_planes
+from geoaug.proposals.felzenszwalb import segment, sort_edges
 
 segmentation = pytest.importorskip("skimage.segmentation")
 Image = npt.NDArray[np.uint8]
@@ -65,7 +66,7 @@ def photographs(data: Path, count: int, side: int) -> list[Image]:
 
 @pytest.fixture
 def stable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes scikit-image take edges of one cost by index: it asks numpy for whatever order the machine sorts fastest."""
+    """Makes scikit-image take edges of one cost by index: it takes what order numpy's fastest sort gives."""
     argsort = np.argsort
     monkeypatch.setattr(np, "argsort", lambda costs: argsort(costs, kind="stable"))
 

@@ -20,6 +20,15 @@ CHANNELS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other on shared cores make these small steps many times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def rows(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -48,7 +57,7 @@ def test_a_trunk_is_torchvisions_network_without_its_classifier(arch):
     with torch.no_grad():
         assert torch.equal(trunk.eval()(x).mean((2, 3)), net.eval()(x))
         trunk.to(memory_format=torch.channels_last)
-        assert torch.allclose(trunk(x).mean((2, 3)), net(x), rtol=1e-4)
+        assert torch.allclose(trunk(x).mean((2, 3)), net(x), rtol=1e-4, atol=1e-3)
 
 
 def test_zero_init_makes_each_block_the_identity_at_first():

@@ -86,6 +86,7 @@ def cases(device):
         "paste": lambda: composites.paste(
             images, images[:, 0] > 0, partner, torch.zeros(batch, 2, device=device).long()
         ),
+        "boxes_with_room": lambda: composites.boxes_with_room(box, there, (5, 7)),
         "shift_composite": lambda: composites.shift_composite(images.half(), box, there, partner, key=key),
     }
 

@@ -53,6 +53,15 @@ class Loader:
         self.epoch, self.position = state["epoch"], state["step"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other on shared cores make these small steps many times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)  # no test pulls the plug

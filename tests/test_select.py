@@ -231,6 +231,13 @@ def test_a_share_of_exactly_the_least_is_eligible(tenths):
         assert got.tolist() == [empty]
 
 
+def test_a_box_beside_the_view_is_never_eligible():
+    boxes = torch.tensor([[[1.0, 0.0, 1.5, 1.0], [-0.5, 1.1, 0.5, 1.2], [0.2, 0.2, 0.2, 0.6]]])
+    view, valid, key = AxisAffine.identity(1), torch.ones(1, 3).bool(), Key(0, 0, [1])
+    box, _, fallback = select.choose(boxes, valid, 1, [view], [100], key=key, min_side=0, min_visible=0)
+    assert (box.tolist(), fallback.tolist()) == ([[[0, 0, 1, 1]]], [True])
+
+
 def test_a_box_must_be_seen_in_every_view():
     left, right = (AxisAffine.sending(torch.tensor([[x, 0.0, x + 0.5, 1.0]])) for x in (0.0, 0.5))
     boxes, valid = torch.tensor([[[0.0, 0.0, 0.4, 1.0], [0.3, 0.0, 0.7, 1.0]]]), torch.ones(1, 2).bool()

@@ -154,7 +154,7 @@ def test_other_sources_have_the_same_boxes(folder, made, tmp_path):
     assert np.array_equal(store.boxes(kept), theirs.boxes(kept)) == (139 <= 100)
     stored = geoaug.loading.beton.Beton.open(beton)
     row = stored.ids.tolist().index(large)
-    pixels = geoaug.loading.decode._decode_jpeg(stored.jpeg(row).tobytes(), True).numpy()
+    pixels = geoaug.loading.decode.decode_jpeg(stored.jpeg(row).tobytes(), True).numpy()
     assert pixels.shape[:2] == (64, 100)
     grown = proposal_work.in_source(geoaug.selective_search(pixels), (64, 100), (90, 140))
     assert np.array_equal(store.boxes(large), select.soco_filter(select.distinct(grown), (90, 140)))

@@ -73,6 +73,17 @@ def test_padded_against_the_loop(store, m, keyed):
     assert torch.allclose(boxes, expected_boxes)
 
 
+def test_of_equal_draws_the_first_is_taken(store, monkeypatch):
+    uniform = Key.uniform
+    monkeypatch.setattr(Key, "uniform", lambda key, stream, n: (4 * uniform(key, stream, n)).floor() / 4)
+    records = some()
+    ids = torch.tensor([sample_id(name) for name, _, _ in records])
+    boxes, valid = store.padded(ids, 9, key=Key(0, 0, ids))
+    expected_boxes, expected_valid = slow_padded(records, 9, Key(0, 0, ids))
+    assert torch.equal(valid, expected_valid)
+    assert torch.allclose(boxes, expected_boxes)
+
+
 def test_more_than_fit_are_drawn_anew_each_epoch(store):
     ids = torch.from_numpy(np.array(store.ids))
     first, second = (store.padded(ids, 4, key=Key(0, epoch, ids))[0] for epoch in (0, 1))
@@ -223,10 +234,19 @@ def test_an_index_that_was_cut_short_is_made_anew(store):
 
 def test_many_processes_open_a_new_store_at_once(store):
     shutil.rmtree(store.path / "index")
+    (store.path / "index").mkdir()
+    (store.path / "index" / "boxes.1.part.npy").write_bytes(b"left by one that was killed")
     with ThreadPoolExecutor(8) as pool:  # locks of open files keep threads apart as they do processes
         stores = list(pool.map(ProposalStore.open, [store.path] * 8))
     assert all(isinstance(other.flat, np.memmap) and np.array_equal(other.flat, store.flat) for other in stores)
     assert not list((store.path / "index").glob("*part*"))
+
+
+def test_a_shard_of_which_every_image_failed(tmp_path):
+    (tmp_path / "store").mkdir()
+    shards = [write_shard(tmp_path / "store", i, some(3, seed=i) if i else []) for i in (0, 1)]
+    write_manifest(tmp_path / "store", shards, {})
+    assert len(ProposalStore.open(tmp_path / "store")) == 3
 
 
 def test_names_that_are_no_text(tmp_path):

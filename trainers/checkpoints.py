@@ -37,9 +37,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any], model: nn.Module, optim
             out.flush()
             os.fsync(out.fileno())
         os.replace(part, file)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise OSError((str(error) or type(error).__name__).splitlines()[0]) from error
+        # torch's zip writer answers a full disk with a RuntimeError of its own.
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError((str(first) or type(first).__name__).splitlines()[0]) from error
     for old in sorted(place.glob("step-*.pt"))[:-KEPT]:
         old.unlink()
     return file

@@ -18,6 +18,13 @@ from geoaug.weights import read_backbone
 from .arguments import ARCHES, Norm, RunConfig, UsageError
 
 
+class _Narrow(ResNet):
+    """A ResNet whose stages have half their channels."""
+
+    def _make_layer(self, block: Any, planes: int, *others: Any, **more: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes // 2, *others, **more)
+
+
 class Trunk(nn.Module):
     """A ResNet without its classifier, cut at its stages: `stem`, C2 to C5 at strides 4, 4, 8, 16 and 32.
 
@@ -32,15 +39,15 @@ class Trunk(nn.Module):
         super().__init__()
         if arch not in ARCHES:
             raise ValueError(f"Trunk: arch must be one of {', '.join(ARCHES)}, got {arch!r}")
-        net = (
-            ResNet(BasicBlock, [1, 1, 1, 1], zero_init_residual=zero_init)
-            if arch == "resnet10"
-            else getattr(torchvision.models, arch)(weights=None, zero_init_residual=zero_init)
-        )
+        if arch in ("resnet10", "resnet10-narrow"):
+            net = (_Narrow if arch == "resnet10-narrow" else ResNet)(BasicBlock, [1] * 4, zero_init_residual=zero_init)
+        else:
+            net = getattr(torchvision.models, arch)(weights=None, zero_init_residual=zero_init)
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        expansion = Bottleneck.expansion if isinstance(net.layer1[0], Bottleneck) else BasicBlock.expansion
-        self.channels = dict(zip(self.stages, (64, *(width * expansion for width in (64, 128, 256, 512))), strict=True))
+        last = [layer[-1] for layer in (net.layer1, net.layer2, net.layer3, net.layer4)]
+        wide = [(block.bn3 if isinstance(block, Bottleneck) else block.bn2).num_features for block in last]
+        self.channels = dict(zip(self.stages, (64, *wide), strict=True))
 
     def maps(self, images: Tensor, upto: str = "c5") -> list[Tensor]:
         """The maps of the stages from the stem to `upto`."""
@@ -170,16 +177,9 @@ def with_norm(model: nn.Module, norm: Norm, device: torch.device) -> nn.Module:
         return model
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, AllReduceBatchNorm):
-                other = AllReduceBatchNorm(
-                    child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-                )
-                other.load_state_dict(child.state_dict())
-                setattr(parent, name, other.train(child.training))
-                for mine, theirs in zip(other.parameters(), child.parameters(), strict=True):
-                    mine.requires_grad_(theirs.requires_grad)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.__class__ = AllReduceBatchNorm  # the same weights, statistics and mode; only `forward` is another
     return model
 
 

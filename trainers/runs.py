@@ -25,6 +25,8 @@ from geoaug.weights import latest
 from .arguments import REQUEUE, RunConfig, TrainingError, UsageError
 from .checkpoints import load_checkpoint, save_checkpoint
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # by which a batch system tells a run to stop
+
 
 class Run:
     """A run folder and where the run is in its steps.
@@ -114,10 +116,10 @@ class Run:
         self._bar = bar
         with bar:
             while self.step < self.last:
-                iterator = iter(self.loader)
+                iterator, begun = iter(self.loader), False
                 while self.step < self.last:
                     asked = time.perf_counter()
-                    batch = next(iterator, None)
+                    batch, begun = next(iterator, None) if begun else _first(iterator), True
                     self._data_time += time.perf_counter() - asked
                     if batch is None:
                         break
@@ -201,7 +203,7 @@ class Run:
         def told(number: int, frame: Any) -> None:
             self._told = True
 
-        self._before = {sign: signal.signal(sign, told) for sign in (signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {sign: signal.signal(sign, told) for sign in _SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -213,6 +215,19 @@ class Run:
             print(
                 f"wrote {self._saved}: {self.step} steps of {self.total}, {len(self.loader.failures)} images not read"
             )
+
+
+def _first(iterator: Iterator[geoaug.Batch]) -> geoaug.Batch | None:
+    """The first batch, with which the loader's processes start.
+
+    A batch system tells every process of a job to stop; these inherit that it is kept from them, so that the step is
+    finished and saved.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return next(iterator, None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +59,9 @@ class Batch:
 
     def _rows(self, rows: slice) -> Batch:
         every = {f.name: getattr(self, f.name) for f in fields(self)}
-        taken = {name: None if value is None else value[rows] for name, value in every.items()}
-        return Batch(**{**taken, "images": [image[rows] for image in self.images]})
+        taken: dict[str, Any] = {name: None if value is None else value[rows] for name, value in every.items()}
+        taken["images"] = [image[rows] for image in self.images]
+        return Batch(**taken)
 
     def pin_memory(self) -> Batch:
         """The same batch with its pixels in page-locked memory."""

@@ -89,10 +89,11 @@ def read_image(path: Path, *, verify: bool = True) -> tuple[UInt8[Tensor, "H W 3
         raise ReadError("empty", "no bytes")
     if not data.startswith(_JPEG):
         return _decode_other(data), []
-    return _decode_jpeg(data, verify), [ROTATED] if _orientation(data) > 1 else []
+    return decode_jpeg(data, verify), [ROTATED] if _orientation(data) > 1 else []
 
 
-def _decode_jpeg(data: bytes, verify: bool) -> Tensor:
+def decode_jpeg(data: bytes, verify: bool = True) -> UInt8[Tensor, "H W 3"]:
+    """Pixels [H, W, 3] of a JPEG in memory; raises ReadError. `verify` also refuses what the decoder warns about."""
     import torchvision.io  # noqa: F401  registers the decoders; here, since torchvision takes a second to import
 
     # The operator itself: its Python wrapper may print a DeprecationWarning.

@@ -10,12 +10,14 @@ from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
+from jaxtyping import UInt8
+from torch import Tensor
 
 from .batch import Batch
 from .beton import Beton
 from .beton_job import DAMAGED, PLAIN, ROTATED, UNKNOWN, BetonJob
 from .crew import Crew, Pool
-from .decode import _orientation
+from .decode import _orientation, decode_jpeg
 from .folder import LoadError, Task, Tasks, Worked
 from .loader import Loader
 from .order import PADDING, rows_of
@@ -51,6 +53,10 @@ class BetonLoader(Loader):
     def has_boxes(self) -> bool:
         """Whether batches come with boxes at all: of a store, or of the .beton."""
         return self._proposals is not None or bool(self.beton.counts.any())
+
+    def stored(self, name: str) -> UInt8[Tensor, "H W 3"]:
+        """The stored pixels of one image, as views are cut from them."""
+        return decode_jpeg(self.beton.jpeg(self._row(name)).tobytes(), verify=True)
 
     def look_at(self, rows: npt.NDArray[np.int64]) -> None:
         """Once for each sample: whether its boxes and name are as written (`verify`), and its EXIF orientation."""

@@ -12,16 +12,18 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from ..geometry import checks
+from ..geometry.ids import sample_id
 from ..geometry.plan import plan_views
 from ..geometry.rng import Key
 from ..geometry.views import ViewSpec
 from ..pixels.render import render as render_one
 from ..pixels.render import render_batch
 from .batch import Batch
-from .decode import ROTATED
+from .decode import ROTATED, read_image
 from .folder import LoadError, Task, Tasks, Worked, failure_text
 from .order import PADDING, epoch_order, rows_of
 from .source import Source
@@ -78,6 +80,15 @@ class Loader:
         """Whether batches come with boxes at all: of a store, or of the data itself."""
         objects = self.source.objects
         return self._proposals is not None or (objects is not None and len(objects.boxes) > 0)
+
+    def stored(self, name: str) -> UInt8[Tensor, "H W 3"]:
+        """The stored pixels of one image, as views are cut from them."""
+        return read_image(self.source.root / self.source.names[self._row(name)])[0]
+
+    def _row(self, name: str) -> int:
+        rows = np.flatnonzero(self.source.ids == sample_id(name))
+        checks.require(len(rows) == 1, "Loader.stored", "name", "one of the images'", repr(name))
+        return int(rows[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration give this epoch; the epoch just restored by `load_state_dict` goes on where it was."""

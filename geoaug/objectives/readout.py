@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import roi_align
 
 from ..geometry import checks
 
@@ -119,6 +118,8 @@ def _check_level(level: Tensor | None, valid: Tensor, count: int, where: str) ->
 
 def _pool(maps: Tensor, boxes: Tensor, reads: Tensor, size: tuple[int, int], aligned: bool, ratio: int) -> Tensor:
     """All slots on one map, [B, K, C, o, o] in float32 or float64; those that do not read cost next to nothing."""
+    from torchvision.ops import roi_align  # here, since torchvision takes a second to import
+
     batch, k = reads.shape
     wide = _wide(maps)
     height, width = maps.shape[2:]

@@ -107,9 +107,13 @@ def shift_composite(
 
     there = (pixels + shift.repeat(1, 2)[:, None]) * kept[..., None]
     mask, shown = rectangles.union(there, *rectangles.grid(size, images.device)), kept.to(torch.float32)
+    events = there[:, :0]
     if cut:
         cutouts = cut_pixels(there, size, key=key.fold("cut"), ratio=ratio, clip=clip, restore=restore)
+        events = cutouts.events
         mask, shown = mask.logical_and_(cutouts.keep()), cutouts.shown()
+    whole = torch.cat((torch.zeros_like(shift), view[:2].to(torch.int64).expand_as(shift)), dim=1)
+    foreground = rectangles.count_uncut(events, whole, within=there)
     rows = _rows(images, backgrounds, rows)
     behind = images if isinstance(backgrounds, Tensor) and backgrounds.ndim == 1 else backgrounds
     return Composite(
@@ -119,7 +123,7 @@ def shift_composite(
         shift=shift,
         visible=box_algebra.visible_fraction(boxes).to(torch.float32) * shown,
         valid=kept,
-        foreground=mask.view(torch.uint8).sum(dim=2, dtype=torch.int32).sum(dim=1) / (size[0] * size[1]),
+        foreground=foreground / (size[0] * size[1]),
         filled=rows < 0,
     )
 
@@ -133,8 +137,9 @@ def boxes_with_room(
     >>> boxes_with_room(boxes, torch.ones(1, 2, dtype=torch.bool), (32, 48))
     tensor([[False,  True]])
     """
+    rectangles.check_boxes(boxes, valid, "boxes_with_room")
     checks.require(0.0 <= room < 1.0, "boxes_with_room", "room", "in [0, 1)", room)
-    view = rectangles.frame(size, boxes.device)
+    view = rectangles.frame(checks.pair_of_sizes(size, "boxes_with_room", "size"), boxes.device)
     return _make_room(rectangles.pixels_of(boxes, valid, view), box_algebra.clip(boxes) * view, view, room)
 
 

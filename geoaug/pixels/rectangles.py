@@ -19,12 +19,17 @@ _RESTORED, _CUT = 0b01010101, 0b10101010
 
 def check(boxes: Tensor, valid: Tensor, key: Key, where: str) -> None:
     """Check what every operator on boxes takes: boxes [B, K, 4], valid bool [B, K] beside them, a key of B ids."""
+    check_boxes(boxes, valid, where)
+    check_key(key, boxes, where)
+
+
+def check_boxes(boxes: Tensor, valid: Tensor, where: str) -> None:
+    """Check boxes [B, K, 4] and valid bool [B, K] beside them."""
     checks.require(isinstance(boxes, Tensor) and boxes.ndim == 3, where, "boxes", "[B, K, 4]", checks.shape_of(boxes))
     checks.xyxy(boxes, where, "boxes")
     ok = isinstance(valid, Tensor) and valid.dtype == torch.bool and valid.shape == boxes.shape[:2]
     checks.require(ok, where, "valid", f"bool {list(boxes.shape[:2])}", checks.shape_of(valid))
     checks.require(valid.device == boxes.device, where, "valid", f"on {boxes.device}", valid.device)
-    check_key(key, boxes, where)
 
 
 def check_key(key: Key, rows: Tensor, where: str) -> None:
@@ -128,8 +133,12 @@ def cells(
     return edges[..., :-1], edges.diff(dim=-1)
 
 
-def count_uncut(events: Int64[Tensor, "N E 4"], box: Int64[Tensor, "N 4"]) -> Int64[Tensor, " N"]:
-    """How many pixels of a box are there in the end, by `uncut`."""
-    start, length = cells(events, box)
+def count_uncut(
+    events: Int64[Tensor, "N E 4"], box: Int64[Tensor, "N 4"], within: Int64[Tensor, "N R 4"] | None = None
+) -> Int64[Tensor, " N"]:
+    """How many pixels of a box are there in the end, by `uncut`, and lie in any of the rectangles `within`."""
+    start, length = cells(events if within is None else torch.cat((events, within), dim=1), box)
     keep = uncut(events, start[:, 0], start[:, 1])
+    if within is not None:
+        keep &= union(within, start[:, 0], start[:, 1])
     return (length[:, 1, :, None] * length[:, 0, None] * keep).sum(dim=(1, 2))

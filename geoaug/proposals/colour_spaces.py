@@ -53,7 +53,7 @@ def convert(image, space, out):
     for y in range(height):
         for x in range(width):
             red, green, blue = np.int64(image[y, x, 0]), np.int64(image[y, x, 1]), np.int64(image[y, x, 2])
-            if space == HSV or space == HUE:
+            if space in (HSV, HUE):
                 value = max(red, green, blue)
                 spread = value - min(red, green, blue)
                 out[0, y, x] = _hue(red, green, blue, value, spread)

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from . import felzenszwalb, merging, region_features
+from . import blurring, felzenszwalb, merging, region_features
 
 MOST_REGIONS = 1 << 18  # a limit of memory: 2 * 31 or 2 * 55 shares a region
 
@@ -16,8 +16,8 @@ def compat_boxes(image, kernel, scale, min_size, texture, floats, whole, small):
     planes = floats[: 3 * pixels].reshape(3, height, width)
     labels = whole[:pixels].reshape(height, width)
     padded = small[: 3 * (height + 2) * (width + 2)].reshape(3, height + 2, width + 2)
-    felzenszwalb.to_planes(image, planes)
-    felzenszwalb.blur(planes, kernel, floats[3 * pixels : 4 * pixels].reshape(height, width))
+    blurring.to_planes(image, planes)
+    blurring.blur(planes, kernel, floats[3 * pixels : 4 * pixels].reshape(height, width))
     costs, names = felzenszwalb.sort_edges(planes, floats[3 * pixels :], whole[pixels:])
     regions = felzenszwalb.segment(costs, names, scale, min_size, labels, whole[5 * pixels :])
     if regions > MOST_REGIONS:

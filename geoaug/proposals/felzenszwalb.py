@@ -10,64 +10,12 @@ does not see a change in another file: after an edit here, delete `__pycache__`.
 import math
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
 _BUCKETS = 2048  # 32 octaves of 64 steps: the upper bits of a cost's binary logarithm
 _LOWEST = 992 << 6  # costs from 2^-31 on; smaller ones share the first bucket and are put right by the exact sort
+_TWO, _THREE = np.uint32(2), np.uint32(3)
 _BLOCK = 2048  # edges tested together for being inside one region already
-
-
-def gaussian(sigma: float) -> npt.NDArray[np.float64]:
-    """Centre and one side of scipy's Gaussian kernel, cut at 4 sigma: float64 [radius + 1].
-
-    >>> gaussian(0.9).shape
-    (5,)
-    """
-    if sigma < 1e-15:
-        return np.ones(1)
-    radius = int(4.0 * sigma + 0.5)
-    whole = np.exp(-0.5 / (sigma * sigma) * np.arange(-radius, radius + 1) ** 2)
-    return (whole / whole.sum())[radius:].copy()
-
-
-@njit(cache=True, nogil=True)
-def _mirror(i, n):
-    i %= 2 * n
-    return min(i, 2 * n - 1 - i)
-
-
-@njit(cache=True, nogil=True)
-def blur(planes, kernel, spare):
-    """planes float64 [C, H, W], in place: first down, then across, the centre first and pairs from far to near."""
-    channels, height, width = planes.shape
-    radius = kernel.shape[0] - 1
-    if radius == 0:
-        return
-    line = np.empty(width + 2 * radius)
-    for c in range(channels):
-        for y in range(height):
-            out, middle, w = spare[y], planes[c, y], kernel[0]
-            for x in range(width):
-                out[x] = middle[x] * w
-            for j in range(radius, 0, -1):
-                up, down, w = planes[c, _mirror(y - j, height)], planes[c, _mirror(y + j, height)], kernel[j]
-                for x in range(width):
-                    out[x] += (up[x] + down[x]) * w
-        for y in range(height):
-            out, middle = planes[c, y], spare[y]
-            for x in range(width):
-                line[radius + x] = middle[x]
-            for j in range(radius):
-                line[j] = middle[_mirror(j - radius, width)]
-                line[radius + width + j] = middle[_mirror(width + j, width)]
-            w = kernel[0]
-            for x in range(width):
-                out[x] = line[radius + x] * w
-            for j in range(radius, 0, -1):
-                left, right, w = line[radius - j :], line[radius + j :], kernel[j]
-                for x in range(width):
-                    out[x] += (left[x] + right[x]) * w
 
 
 @njit(cache=True, nogil=True)
@@ -183,6 +131,12 @@ def _sort(costs, names, out_costs, out_names, counts):
 
 
 @njit(cache=True, nogil=True)
+def _ends(width):
+    """What to add to an edge's pixel to get its two ends, by direction."""
+    return np.array([0, 0, 0, 1], np.uint64), np.array([1, width, width + 1, width], np.uint64)
+
+
+@njit(cache=True, nogil=True)
 def _root(parent, i):
     while parent[i] != i:
         parent[i] = parent[parent[i]]
@@ -193,12 +147,12 @@ def _root(parent, i):
 @njit(cache=True, nogil=True)
 def _unite(costs, names, width, scale, parent, size, limit, rejected):
     """Join over edges in order of cost, where the cost is below both regions' limits; the number of rejected edges."""
-    count, block = 0, np.empty((3, _BLOCK), np.int32)
-    a_from, b_from = np.array([0, 0, 0, 1]), np.array([1, width, width + 1, width])
+    count, block = 0, np.empty((3, _BLOCK), np.uint32)
+    a_from, b_from = _ends(width)
     for start in range(0, costs.shape[0], _BLOCK):
         kept = 0
         for e in range(start, min(start + _BLOCK, costs.shape[0])):  # without a branch: most edges lie inside a region
-            pixel, direction = names[e] >> 2, names[e] & 3
+            pixel, direction = names[e] >> _TWO, names[e] & _THREE
             a, b = pixel + a_from[direction], pixel + b_from[direction]
             root_a, root_b = parent[parent[a]], parent[parent[b]]
             parent[a], parent[b] = root_a, root_b
@@ -224,9 +178,9 @@ def _unite(costs, names, width, scale, parent, size, limit, rejected):
 @njit(cache=True, nogil=True)
 def _absorb(rejected, width, min_size, parent, size):
     """Join regions under min_size to a neighbour, over the rejected edges in order of cost."""
-    a_from, b_from = np.array([0, 0, 0, 1]), np.array([1, width, width + 1, width])
+    a_from, b_from = _ends(width)
     for k in range(rejected.shape[0]):
-        pixel, direction = rejected[k] >> 2, rejected[k] & 3
+        pixel, direction = rejected[k] >> _TWO, rejected[k] & _THREE
         a, b = _root(parent, pixel + a_from[direction]), _root(parent, pixel + b_from[direction])
         if a != b and (size[a] < min_size or size[b] < min_size):
             if size[a] < size[b]:
@@ -260,12 +214,13 @@ def segment(costs, names, scale, min_size, labels, whole):
     `whole` int32 [7 * H * W] is spare memory.
     """
     height, width = labels.shape
-    pixels = height * width
-    parent, size, rejected = whole[:pixels], whole[pixels : 2 * pixels], whole[3 * pixels : 7 * pixels]
+    pixels, unsigned = height * width, whole.view(np.uint32)
+    # Unsigned, since numba asks of every signed index whether it counts from the end.
+    parent, size, rejected = unsigned[:pixels], whole[pixels : 2 * pixels], unsigned[3 * pixels : 7 * pixels]
     limit, number = whole[2 * pixels : 3 * pixels].view(np.float32), whole[2 * pixels : 3 * pixels]
     for i in range(pixels):
         parent[i], size[i], limit[i] = i, 1, np.float32(scale)
-    count = _unite(costs, names, width, scale, parent, size, limit, rejected)
+    count = _unite(costs, names.view(np.uint32), width, scale, parent, size, limit, rejected)
     _absorb(rejected[:count], width, min_size, parent, size)
     flat, regions = labels.reshape(pixels), 0
     number[:] = -1  # the limits are done with: from here on the label of each root
@@ -276,14 +231,3 @@ def segment(costs, names, scale, min_size, labels, whole):
             regions += 1
         flat[i] = number[root]
     return regions
-
-
-@njit(cache=True, nogil=True)
-def to_planes(image, planes):
-    """planes float64 [3, H, W] in [0, 1] <- uint8 [H, W, 3], by the product scikit-image takes."""
-    unit = 1.0 / 255.0
-    for y in range(image.shape[0]):
-        for x in range(image.shape[1]):
-            planes[0, y, x] = image[y, x, 0] * unit
-            planes[1, y, x] = image[y, x, 1] * unit
-            planes[2, y, x] = image[y, x, 2] * unit

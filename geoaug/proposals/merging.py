@@ -12,8 +12,9 @@ import numpy as np
 from numba import njit
 
 PACKAGE, COLOUR, TEXTURE, SIZE, FILL = 0, 1, 2, 4, 8  # the package's own sum, or terms to add
+ALL = COLOUR + TEXTURE + SIZE + FILL
 WHOLE = 1 << 20  # a histogram's sum in whole numbers
-MOST_PAIRS = 1 << 24  # bounds time and memory: about 700 MB
+MOST_PAIRS = 1 << 23  # a limit of memory: about 450 MB and, on photographs, thousands of times what there is
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -146,8 +147,8 @@ def _link(pairs, p, heads, tails):
 def merge(boxes, sizes, features, regions, neighbours, pixels, terms, colours):
     """Merge `regions` regions until no pair is left; the number of regions there are then, or -1 for too many pairs.
 
-    boxes int32 [2 R, 4], sizes int64 [2 R], features float64 [2 R, D] hold R regions and get the merged ones. `terms` is
-    PACKAGE, or the similarities to add; then features are whole numbers. The first `colours` features are of colour.
+    boxes int32 [2 R, 4], sizes int64 [2 R], features float64 [2 R, D] hold R regions and get the merged ones. `terms`
+    is PACKAGE, or the similarities to add; then features are whole numbers. The first `colours` features are of colour.
     """
     made = neighbours.shape[0]
     capacity = 2 * made + 64

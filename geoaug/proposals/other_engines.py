@@ -33,7 +33,7 @@ def selectivesearch_boxes(image: Image, scale: float, sigma: float, min_size: in
 
 
 def opencv_boxes(image: Image, scale: float, sigma: float, min_size: int, strategies: str) -> Boxes:
-    """Boxes uint16 [n, 4] of OpenCV's contrib module; its scales start at `scale` / 2 and rise by as much."""
+    """Boxes uint16 [n, 4] of OpenCV's contrib module, at its own scales where `scale` is 300: 200, or from 150 on."""
     checks.require(min_size == 100, "selective_search", "min_size", "100 for engine='opencv'", min_size)
     try:
         from cv2.ximgproc import segmentation
@@ -43,7 +43,7 @@ def opencv_boxes(image: Image, scale: float, sigma: float, min_size: int, strate
     search = segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(image[:, :, ::-1]))
     if strategies == "single":
-        search.switchToSingleStrategy(round(scale), sigma)
+        search.switchToSingleStrategy(round(scale * 2 / 3), sigma)
     elif strategies == "fast":
         search.switchToSelectiveSearchFast(round(scale / 2), round(scale / 2), sigma)
     else:

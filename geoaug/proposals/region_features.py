@@ -89,6 +89,26 @@ def _decide(plane, y, x, ties):
 
 
 @njit(cache=True, nogil=True)
+def _pack(codes, ties, found):
+    """found uint8 [W] <- two bits a colour: 1 for code 0, 2 for code 1, else 0; 64 and more where a tie decides."""
+    for x in range(found.shape[0]):
+        a, b, c = codes[0, x], codes[1, x], codes[2, x]
+        kinds = (a <= 1) * (a + 1) | (b <= 1) * (b + 1) << 2 | (c <= 1) * (c + 1) << 4
+        unsure = ((a <= 1) & (ties[0, x] > 0)) | ((b <= 1) & (ties[1, x] > 0)) | ((c <= 1) & (ties[2, x] > 0))
+        found[x] = kinds | unsure << 6
+
+
+@njit(cache=True, nogil=True)
+def _unpacked(padded, y, x, codes, ties):
+    """What `_pack` finds, with the ties decided."""
+    kinds = 0
+    for c in range(3):
+        if codes[c, x] <= 1 and (ties[c, x] == 0 or _decide(padded[c], y, x, ties[c, x]) == 0):
+            kinds |= (1 + codes[c, x]) << (2 * c)
+    return kinds
+
+
+@njit(cache=True, nogil=True)
 def find_bounds(labels, boxes):
     """boxes int32 [R, 4] <- smallest and largest x and y of each label: x0, y0, x1, y1, the last two inclusive."""
     height, width = labels.shape
@@ -116,25 +136,33 @@ def measure(padded, labels, texture, boxes, sizes, features):
     height, width = labels.shape
     regions, bins = boxes.shape[0], features.shape[1]
     codes, ties = np.empty((3, width), np.uint8), np.empty((3, width), np.uint8)
+    values, found = np.empty(width, np.uint8), np.empty(width, np.uint8)
     counts = np.zeros((regions, COLOURS + (64 if texture == PACKAGE else 30)), np.int32)
+    flat, stride = counts.reshape(counts.size), counts.shape[1]
+    value_bins = np.minimum(np.arange(256) * COLOURS // 255, COLOURS - 1)
     find_bounds(labels, boxes)
     for y in range(height):
         for c in range(3):
             _patterns(padded[c], y, codes[c], ties[c])
-        red, green, blue = padded[0, y + 1, 1:], padded[1, y + 1, 1:], padded[2, y + 1, 1:]
+        red, green, blue, label = padded[0, y + 1, 1:], padded[1, y + 1, 1:], padded[2, y + 1, 1:], labels[y]
         for x in range(width):
-            count, value, found = counts[labels[y, x]], max(red[x], green[x], blue[x]), 0
-            count[min(np.int64(value) * 25 // 255, 24)] += 1
+            values[x] = max(red[x], green[x], blue[x])
+        if texture == PACKAGE:
+            _pack(codes, ties, found)
+            for x in range(width):
+                at = label[x] * stride
+                flat[at + value_bins[values[x]]] += 1
+                kinds = np.int64(found[x])
+                if kinds >= 64:
+                    kinds = _unpacked(padded, y, x, codes, ties)
+                flat[at + COLOURS + kinds] += 1
+            continue
+        for x in range(width):
+            at = label[x] * stride
+            flat[at + value_bins[values[x]]] += 1
             for c in range(3):
-                code, tied = codes[c, x], ties[c, x]
-                if texture == SOCO:
-                    whole = code | _decide(padded[c], y, x, tied) if tied else np.int64(code)
-                    count[COLOURS + 10 * c + min(whole * 10 // 255, 9)] += 1
-                elif code <= 1:
-                    if tied == 0 or _decide(padded[c], y, x, tied) == 0:
-                        found |= (1 + code) << (2 * c)
-            if texture == PACKAGE:
-                count[COLOURS + found] += 1
+                code = codes[c, x] | _decide(padded[c], y, x, ties[c, x]) if ties[c, x] else np.int64(codes[c, x])
+                flat[at + COLOURS + 10 * c + min(code * 10 // 255, 9)] += 1
     for r in range(regions):
         count, row = counts[r], features[r]
         size = count[:COLOURS].sum()
@@ -146,10 +174,10 @@ def measure(padded, labels, texture, boxes, sizes, features):
             continue
         for k in range(COLOURS):
             row[k] = count[k] / size
-        for found in range(64):
+        for kinds in range(64):
             for c in range(3):
-                kind = found >> (2 * c) & 3
+                kind = kinds >> (2 * c) & 3
                 if kind > 0:
-                    row[COLOURS + 2 * c + kind - 1] += count[COLOURS + found]
+                    row[COLOURS + 2 * c + kind - 1] += count[COLOURS + kinds]
         for k in range(COLOURS, bins):
             row[k] /= size

@@ -11,21 +11,14 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..geometry import checks
-from . import compat, other_engines, region_features, uijlings
-from .felzenszwalb import gaussian
+from . import compat, merging, other_engines, region_features, uijlings
+from .blurring import gaussian
 from .shrinking import shrink, shrunk_size
 
 Boxes = npt.NDArray[np.uint16]
 Image = npt.NDArray[np.uint8]
 _WHERE = "selective_search"
 _LONGEST = 65535  # a box is uint16
-_HSV, _LAB, _RG_I, _HUE, _GRAY = range(5)
-# Colour spaces, multiples of the scale, and sums of similarities (1 colour, 2 texture, 4 size, 8 fill) of each mode.
-STRATEGIES: dict[str, tuple[list[int], list[float], list[int]]] = {
-    "single": ([_HSV], [1.0], [15]),
-    "fast": ([_HSV, _LAB], [0.5, 1.0, 1.5], [15, 14]),
-    "quality": ([_HSV, _LAB, _RG_I, _HUE, _GRAY], [0.5, 1.0, 1.5, 2.0, 2.5], [15, 14, 8, 4]),
-}
 _memory = threading.local()  # spare memory of each thread: fresh pages for every image would double the time
 
 
@@ -53,7 +46,7 @@ def selective_search(
     >>> boxes.tolist()
     [[0, 0, 60, 40]]
     """
-    pixels = _checked(image)
+    source = _checked(image)
     _one_of(mode, ("compat", "strategies"), "mode")
     _one_of(engine, ("geoaug", "selectivesearch", "opencv"), "engine")
     _one_of(texture, ("package", "soco"), "texture")
@@ -62,11 +55,12 @@ def selective_search(
     _number(sigma, 0.0, 100.0, "sigma")
     checks.index(min_size, 0, 2**31 - 1, _WHERE, "min_size")
     checks.index(max_side, 1, 8192, _WHERE, "max_side")
-    height, width, _ = pixels.shape
+    height, width, _ = source.shape
     size = shrunk_size(height, width, max_side)
+    pixels = source
     if size != (height, width):
         pixels = np.empty((*size, 3), np.uint8)
-        shrink(_checked(image), pixels)
+        shrink(source, pixels)
     if engine == "selectivesearch":
         checks.require(mode == "compat", _WHERE, "mode", "'compat' for engine='selectivesearch'", repr(mode))
         checks.require(texture == "package", _WHERE, "texture", "'package' for engine='selectivesearch'", repr(texture))
@@ -99,11 +93,12 @@ def _checked(image: Any) -> Image:
     got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else checks.shape_of(image)
     checks.require(ok, _WHERE, "image", expected, got)
     pixels: Image = image.numpy() if isinstance(image, Tensor) else image
-    return np.ascontiguousarray(pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2))
+    pixels = pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+    return np.require(pixels, requirements=["C", "W"])  # numba would compile anew for arrays that are read-only
 
 
 def spare(floats: int, whole: int, small: int) -> tuple[npt.NDArray[Any], ...]:
-    """This thread's spare memory: at least `floats` float64, `whole` int32 and `small` bytes, kept for later images."""
+    """Spare memory of this thread: at least so many float64, int32 and bytes, kept for later images."""
     held = getattr(_memory, "held", None)
     if held is None or any(a.size < n for a, n in zip(held, (floats, whole, small), strict=True)):
         held = np.empty(floats), np.empty(whole, np.int32), np.empty(small, np.uint8)
@@ -116,7 +111,7 @@ def _compat(pixels: Image, scale: float, sigma: float, min_size: int, texture: s
     area, kind = height * width, region_features.SOCO if texture == "soco" else region_features.PACKAGE
     memory = spare(11 * area, 12 * area, 3 * (height + 2) * (width + 2))
     boxes: Boxes = compat.compat_boxes(pixels, gaussian(sigma), scale / 255.0, min_size, kind, *memory)
-    fine = f"parameters that leave at most {compat.MOST_REGIONS} regions"
+    fine = f"such that at most {compat.MOST_REGIONS} regions and {merging.MOST_PAIRS} pairs of neighbours are left"
     checks.require(len(boxes) > 0, _WHERE, "scale and min_size", fine, f"scale={scale}, min_size={min_size}")
     return boxes
 
@@ -124,13 +119,13 @@ def _compat(pixels: Image, scale: float, sigma: float, min_size: int, texture: s
 def _strategies(pixels: Image, scale: float, sigma: float, min_size: int, strategies: str) -> Boxes:
     height, width, _ = pixels.shape
     area = height * width
-    spaces, steps, terms = STRATEGIES[strategies]
+    spaces, steps, terms = uijlings.STRATEGIES[strategies]
     memory = spare(11 * area, 12 * area, 6 * area)
     scales = scale / 255.0 * np.array(steps)
     boxes: Boxes = uijlings.strategy_boxes(
         pixels, gaussian(sigma), np.array(spaces), scales, np.array(terms), min_size, *memory
     )
-    fine = f"parameters that leave at most {uijlings.MOST_REGIONS} regions"
+    fine = f"such that at most {uijlings.MOST_REGIONS} regions are left"
     checks.require(len(boxes) > 0, _WHERE, "scale and min_size", fine, f"scale={scale}, min_size={min_size}")
     return boxes
 

@@ -164,10 +164,12 @@ def _is_whole(mark: Path) -> bool:
 def _make_index(folder: Path, manifest: dict[str, Any], mark: Path) -> None:
     """Write the arrays of the shards, and last what says that they are whole; one process at a time."""
     (folder / "index").mkdir(exist_ok=True)
-    with _alone(folder / "index"):
+    with _alone(folder / "index") as sure:
         if _is_whole(mark):  # by a process that was faster
             return
-        parts = {name: folder / "index" / f"{name}.part.npy" for name in _ARRAYS}
+        for left in (folder / "index").glob("*.part.npy") if sure else ():
+            left.unlink()
+        parts = {name: folder / "index" / f"{name}.{os.getpid()}.part.npy" for name in _ARRAYS}
 
         def room(name: str, shape: tuple[int, ...], dtype: Any) -> Any:
             array = np.lib.format.open_memmap(parts[name], mode="w+", dtype=dtype, shape=shape)
@@ -184,14 +186,15 @@ def _make_index(folder: Path, manifest: dict[str, Any], mark: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process holds the folder; no waiting where there are no locks."""
-    handle = os.open(folder, os.O_RDONLY)
+def _alone(folder: Path) -> Iterator[bool]:
+    """Wait until no other process holds the folder; False where there are no locks."""
+    handle, sure = os.open(folder, os.O_RDONLY), False
     try:
         with suppress(ImportError, OSError):
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            sure = True
+        yield sure
     finally:
         os.close(handle)

@@ -1,0 +1,455 @@
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+import geoaug
+from data_prep import make_scenes
+from geoaug import Key
+from tests import training
+from trainers import common, d3ssl, moco_v2, soco
+
+TRAINERS = {"moco_v2": moco_v2, "soco": soco, "d3ssl": d3ssl}
+FPN = ("--form", "fpn", "--roi-size", "7")
+BIG = ("--size", "64", "--min-side", "4")  # views in which some proposals are seen
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other on shared cores make these small steps many times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    assert make_scenes.main(["--out", str(folder), "--images", "24", "--size", "96", "--workers", "1"]) == 0
+    return folder / "instances.json"
+
+
+@pytest.fixture(scope="module")
+def broken(scenes, tmp_path_factory):
+    """The same scenes with two that cannot be read, so that no part of a batch has as many terms as another."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "images").mkdir()
+    for i, file in enumerate(sorted((scenes.parent / "images").iterdir())):
+        (folder / "images" / file.name).write_bytes(b"no picture" if i in (3, 17) else file.read_bytes())
+    (folder / "instances.json").write_bytes(scenes.read_bytes())
+    return folder / "instances.json"
+
+
+@pytest.fixture
+def _fresh_accelerate(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # no test pulls the plug
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def config_of(method, data, output, *more):
+    trainer = TRAINERS[method]
+    return common.parse(trainer.Config, trainer.PRESETS, training.command(method, data, output, *more))
+
+
+def here(method, data, output, *more):
+    """Train in this process."""
+    TRAINERS[method].main(config_of(method, data, output, *more))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return training.logged(output)
+
+
+def same(a, b):
+    """Bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def farthest(a, b):
+    """The largest difference of two runs' weights, statistics and queues."""
+    ours, theirs = a["model"], b["model"]
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[("moco_v2", 1), ("d3ssl", 2)], ids=["moco_v2, 1 process", "d3ssl, 2 processes"])
+def whole(request, scenes, tmp_path_factory):
+    """A run that nobody stops."""
+    method, world = request.param
+    folder = tmp_path_factory.mktemp("whole")
+    more = ["--max-steps", "9", "--save-every", "2", *(["--min-side", "4"] if method == "d3ssl" else [])]
+    command = training.command(method, scenes, folder / "run", *more)
+    assert training.train(method, command, folder / "log", world=world) == [0] * world
+    # Nothing is printed but what was written: no warning either.
+    assert [(folder / f"log.{rank}").read_text().splitlines() for rank in range(world)] == [
+        [f"wrote {folder}/run/checkpoints/step-00000009.pt: 9 steps of 24, 0 images not read"], *[[]] * (world - 1)
+    ]  # fmt: skip
+    return method, world, more, folder / "run"
+
+
+def same_runs(run, other):
+    ours, theirs = training.newest(run), training.newest(other)
+    for name in ("step", "loader", "model", "optimizer"):
+        assert same(ours[name], theirs[name]), name
+    logs = [
+        [(line["step"], line["loss"], line["lr"], line["spread"]) for line in training.logged(r)] for r in (run, other)
+    ]
+    assert [line[0] for line in logs[0]] == list(range(1, 10))
+    assert logs[0] == logs[1]
+
+
+def test_kill_9_at_random_steps_changes_no_bit(whole, scenes, tmp_path):
+    method, world, more, run = whole
+    chance = random.Random(world)
+    command = training.command(method, scenes, tmp_path / "run", *more)
+    for step in sorted(chance.sample(range(1, 9), 3)):
+        ranks = training.start(method, command, tmp_path / "log", world=world)
+        training.wait_for_step(tmp_path / "run", step, ranks)
+        time.sleep(chance.random() * 0.1)
+        ranks[-1].kill()  # of two, the other must find out and end by itself
+        codes = training.finish(ranks)
+        assert codes[-1] == -9
+        assert all(codes)
+    assert training.train(method, command, tmp_path / "log", world=world) == [0] * world
+    same_runs(tmp_path / "run", run)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(whole, scenes, tmp_path):
+    """A batch system sends it to the processes of the loader too."""
+    method, world, more, run = whole
+    command = training.command(method, scenes, tmp_path / "run", *more, "--workers", "1")
+    ranks = training.start(method, command, tmp_path / "log", world=world)
+    training.wait_for_step(tmp_path / "run", 3, ranks)
+    os.killpg(ranks[-1].pid, signal.SIGTERM)
+    assert training.finish(ranks) == [common.REQUEUE] * world
+    step = training.newest(tmp_path / "run")["step"]
+    assert (tmp_path / "run" / "requeue").read_text() == f"step {step}\n"
+    assert training.train(method, command, tmp_path / "log", world=world) == [0] * world
+    assert not (tmp_path / "run" / "requeue").exists()
+    same_runs(tmp_path / "run", run)
+
+
+def near(run, other, tolerance=1e-5):
+    losses = [[line["loss"] for line in training.logged(r)] for r in (run, other)]
+    assert len(losses[0]) > 1
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=tolerance)
+    assert farthest(training.newest(run), training.newest(other)) < tolerance
+
+
+def test_two_processes_of_torchrun_are_one(broken, tmp_path):
+    more = ("--max-steps", "3", "--lr", "0.02")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, moco_v2.__file__, *training.command("moco_v2", broken, tmp_path / "two", *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            code = process.wait(training.PATIENCE)
+        finally:
+            process.terminate()  # which ends its processes too
+    assert code == 0, (tmp_path / "log").read_text()
+    one = training.command("moco_v2", broken, tmp_path / "one", *more)
+    assert training.train("moco_v2", one, tmp_path / "log") == [0]
+    near(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [("soco", ("--lr", "0.1")), ("soco", ("--lr", "0.1", *FPN)), ("d3ssl", ())]
+)
+def test_two_processes_are_one(method, more, broken, tmp_path):
+    more = (*BIG, "--max-steps", "2", *more)
+    for world in (1, 2):
+        command = training.command(method, broken, tmp_path / str(world), *more)
+        assert training.train(method, command, tmp_path / "log", world=world) == [0] * world
+    near(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_shuffled_batch_norm_runs_on_two_processes(method, scenes, tmp_path):
+    command = training.command(method, scenes, tmp_path / "run", "--max-steps", "2", "--norm", "shuffle")
+    assert training.train(method, command, tmp_path / "log", world=2) == [0, 0], (tmp_path / "log.0").read_text()
+    assert all(math.isfinite(line["loss"]) for line in training.logged(tmp_path / "run"))
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.parametrize("method", TRAINERS)
+def test_micro_batches_are_the_batch_where_the_norm_is_fixed(method, broken, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "prepare_model", lambda model, config, device: model.eval())
+    more = BIG[:2] if method == "moco_v2" else BIG
+    for parts in (1, 2):
+        here(method, broken, tmp_path / str(parts), *more, "--max-steps", "3", "--accumulate", str(parts))
+    near(tmp_path / "1", tmp_path / "2")
+
+
+SWITCHES = {
+    "moco_v2": [
+        "--norm batch --no-channels-last",
+        "--precision bf16 --render device --accumulate 2",
+    ],
+    "soco": [
+        "--v3 crop --cutout square --jitter none",
+        "--form fpn --roi-size 7 --cutout prc --window on --jitter rbj --precision bf16",
+        "--regions grid --accumulate 2",
+        "--regions free --norm batch --render device",
+    ],
+    "d3ssl": [
+        "--cutout none --jitter none --window off --depositioning off --enqueue t1",
+        "--cutout square --jitter soco --window-mode visible --enqueue t2 --room 0",
+        "--x2s render --fresh off --norm batch --accumulate 2",
+        "--cutout none --regions grid --no-channels-last",
+        "--regions free --precision bf16 --render device",
+    ],
+}
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.parametrize(("method", "switches"), [(m, each) for m, every in SWITCHES.items() for each in every])
+def test_every_switch_runs_two_steps(method, switches, scenes, tmp_path):
+    more = BIG[:2] if method == "moco_v2" else BIG
+    lines = here(method, scenes, tmp_path / "run", *more, "--max-steps", "2", *switches.split())
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert all(line["loss"] > 0 for line in lines[1:])
+    assert all(0.1 < line["spread"] < 1.5 for line in lines)
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["method"] == method
+    weights = geoaug.weights.read_backbone(tmp_path / "run")
+    assert common.make_trunk("resnet10", str(tmp_path / "run")).state_dict().keys() == weights.keys()
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.skipif(not os.environ.get("GEOAUG_SLOW"), reason="compiles for a minute (set GEOAUG_SLOW=1)")
+def test_compiled_is_the_same(scenes, tmp_path):
+    for name in ("--compile", "--no-compile"):
+        here("moco_v2", scenes, tmp_path / name[2:], "--max-steps", "3", name)
+    near(tmp_path / "compile", tmp_path / "no-compile", 1e-4)
+
+
+# -- the models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batches(scenes):
+    """One batch of eight for each trainer's views of 64 pixels."""
+    made = {}
+    for method in TRAINERS:
+        specs = geoaug.recipes.recipe(method).at(64).views
+        with geoaug.open_loader(scenes, specs, batch_size=8, seed=0, workers=0) as loader:
+            made[method] = next(iter(loader))
+    return made
+
+
+MODELS = [("moco_v2", ()), ("soco", ()), ("soco", FPN), ("d3ssl", ())]
+
+
+def model_and_inputs(method, batch, more=()):
+    config = config_of(method, Path("x"), Path("x"), *(BIG[:2] if method == "moco_v2" else BIG), *more)
+    torch.manual_seed(0)
+    model = TRAINERS[method].Model(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # SoCo's residual blocks begin at zero, and pass no gradient then
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    for p in model.teacher.parameters():
+        nn.init.normal_(p, std=0.05)
+    if hasattr(model, "queue"):
+        capacity, dim = model.queue.vectors.shape
+        model.queue.enqueue(nn.functional.normalize(torch.randn(capacity, dim), dim=1), torch.ones(capacity).bool())
+    if method == "d3ssl":
+        regions = d3ssl.find_regions(batch, config)
+        counts = torch.stack((regions.valid.sum(), regions.movable.sum())).float()
+        return model, (batch, regions, counts)
+    return model, (batch, batch.ok.sum().float())
+
+
+@pytest.mark.parametrize(("method", "more"), MODELS)
+def test_gradient_reaches_the_student_and_never_the_teacher_and_the_teacher_counts(method, more, batches):
+    batch = batches[method].split(1)[0]
+    if "fpn" in more:  # a box for each level
+        half = torch.tensor([0.07, 0.15, 0.3, 0.5])
+        batch.boxes = torch.stack((0.5 - half, 0.5 - half, 0.5 + half, 0.5 + half), 1).expand(8, 4, 4)
+        batch.box_valid = torch.ones(8, 4, dtype=torch.bool)
+    model, inputs = model_and_inputs(method, batch, more)
+    loss, _ = model(*inputs)
+    loss.backward()
+    student = [(n, p) for n, p in model.named_parameters() if not n.startswith("teacher.")]
+    assert [n for n, p in student if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+    before = loss.item()
+    with torch.no_grad():
+        assert model(*inputs)[0].item() == pytest.approx(before, rel=1e-4)
+        for p in model.teacher.trunk.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        assert abs(model(*inputs)[0].item() - before) > 1e-3
+
+
+@pytest.mark.parametrize(("method", "more"), MODELS)
+def test_a_batch_that_could_not_be_read_gives_zero_inside_the_graph(method, more, batches):
+    batch = batches[method].split(2)[0]
+    batch.ok, batch.box_valid = torch.zeros_like(batch.ok), torch.zeros_like(batch.box_valid)
+    model, inputs = model_and_inputs(method, batch, more)
+    loss, log = model(*inputs)
+    loss.backward()
+    assert loss.item() == 0
+    student = [(n, p) for n, p in model.named_parameters() if not n.startswith("teacher.")]
+    assert [n for n, p in student if p.grad is None or p.grad.any()] == []
+    assert all(bool(torch.isfinite(x).all()) for x in log.values() if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("method", ["soco", "d3ssl"])
+def test_images_without_a_box_are_read_whole(method, batches):
+    batch = batches[method].split(2)[0]
+    batch.box_valid = torch.zeros_like(batch.box_valid)
+    model, inputs = model_and_inputs(method, batch)
+    loss, log = model(*inputs)
+    loss.backward()
+    assert loss.item() > 0
+    assert math.isfinite(loss.item())
+    if method == "d3ssl":
+        regions = inputs[1]
+        assert regions.fallback.all()
+        assert regions.valid.all()
+        assert not regions.movable.any()
+        assert torch.allclose(regions.in_x2, torch.tensor([0.0, 0, 1, 1]).expand(4, 4, 4), atol=1e-6)
+        assert log["depositioning"].item() == 0
+        assert log["whole_view"].item() == 1
+        assert model.student.trunk.conv1.weight.grad.any()
+
+
+def test_rows_that_could_not_be_read_change_nothing(batches):
+    """With fixed statistics the others' loss is the same, whatever stands in those rows."""
+    losses = []
+    for junk in (0, 255):
+        batch = batches["d3ssl"].split(1)[0]
+        batch.ok = torch.tensor([True] * 6 + [False, True])
+        batch.box_valid = batch.box_valid & batch.ok[:, None]
+        batch.images = [image.clone() for image in batch.images]
+        for image in batch.images:
+            image[6] = junk
+        model, inputs = model_and_inputs("d3ssl", batch)
+        losses.append(model.eval()(*inputs)[0].item())
+    assert losses[0] == losses[1] > 0
+
+
+def test_every_view_of_a_step_has_colours_and_cuts_of_its_own(batches):
+    batch = batches["d3ssl"]
+    config = config_of("d3ssl", Path("x"), Path("x"), *BIG)
+    regions = d3ssl.find_regions(batch, config)
+    views = d3ssl.augment(batch, regions, config)
+    assert views.x1.shape == views.x2.shape == views.x3.shape == (8, 3, 64, 64)
+    assert views.x2s.shape == (8, 3, 32, 32)
+    half = nn.functional.interpolate(views.x2, (32, 32), mode="bilinear", antialias=True)
+    kept = views.x2s.abs().sum(1, keepdim=True) > 0
+    assert torch.allclose(views.x2s, half * kept)  # x2-small is x2 but for what is hidden
+    assert 0.1 < kept.float().mean() < 0.95
+    assert not torch.allclose(views.boxes["x1"], regions.in_x1)
+    again = d3ssl.augment(batch, regions, config)
+    assert torch.equal(views.x3, again.x3)
+    batch = batch.split(1)[0]
+    batch.key = Key(0, 1, batch.key.ids)
+    assert not torch.equal(views.x3, d3ssl.augment(batch, regions, config).x3)
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def refused(method, arguments, monkeypatch, capsys):
+    trainer = TRAINERS[method]
+    monkeypatch.setattr(sys, "argv", [f"trainers/{method}.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        common.launch(trainer.main, trainer.Config, trainer.PRESETS)
+    assert stop.value.code == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    return out.err
+
+
+WRONG = [
+    ("moco_v2", "--data /no/such/place", "--data must exist, got /no/such/place"),
+    ("moco_v2", "--preset none", "--preset must be one of coco-800ep, "),
+    ("moco_v2", "--preset=none", "--preset must be one of coco-800ep, "),
+    ("moco_v2", "--batch-size 25 --queue 50", "at most the 24 images"),
+    ("moco_v2", "--queue 68", "--queue must be a multiple of --batch-size 8, got 68"),
+    ("moco_v2", "--queue 0", "--queue must be at least 1, got 0"),
+    ("moco_v2", "--batch-size 9 --accumulate 2", "--batch-size must divide by 2"),
+    ("moco_v2", "--seed -1", "seed must be an integer in"),
+    ("moco_v2", "--workers -1", "workers must be an integer in"),
+    ("moco_v2", "--init /no/such/file", "--init: "),
+    ("moco_v2", "--resume /no/such/file", "--resume must be auto, none"),
+    ("d3ssl", "--batch-size 6", "--batch-size must divide by 4 (1 processes x 1 micro-batches x 4), got 6"),
+    ("d3ssl", "--batch-size 12 --accumulate 2", "--batch-size must divide by 8"),
+    ("d3ssl", "--queue 96", "--queue must be a multiple of the 64 regions of a step, got 96"),
+    ("d3ssl", "--enqueue t1 --queue 48", "--queue must be a multiple of the 32 regions of a step, got 48"),
+    ("d3ssl", "--proposals /no/such/store", "/no/such/store"),
+    ("soco", "--boxes 0", "--boxes must be at least 1, got 0"),
+]
+
+
+@pytest.mark.usefixtures("_fresh_accelerate", "our_errors")
+@pytest.mark.parametrize(("method", "wrong", "message"), WRONG)
+def test_a_mistake_is_told_in_one_line_before_any_training(
+    method, wrong, message, scenes, tmp_path, monkeypatch, capsys
+):
+    arguments = training.command(method, scenes, tmp_path / "run", *wrong.split())
+    told = refused(method, arguments, monkeypatch, capsys)
+    assert message in told
+    assert told.startswith(f"{method}.py: ")
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.parametrize("wrong", ["--colour red", "--batch 8", "--norm none", "--batch-size eight"])
+def test_unknown_flags_and_values_are_refused(wrong, scenes, tmp_path, monkeypatch, capsys):
+    arguments = training.command("moco_v2", scenes, tmp_path / "run", *wrong.split())
+    assert wrong.split()[0] in refused("moco_v2", arguments, monkeypatch, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.parametrize("method", TRAINERS)
+def test_data_that_is_missing_or_has_no_boxes_is_told(method, scenes, tmp_path, monkeypatch, capsys):
+    assert "--data must name a .beton" in refused(method, ["--cpu"], monkeypatch, capsys)
+    if method != "moco_v2":
+        folder = training.command(method, scenes.parent / "images", tmp_path / "run")
+        assert "--data has no boxes: give --proposals STORE" in refused(method, folder, monkeypatch, capsys)
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_told_by_each(scenes, tmp_path):
+    command = training.command("d3ssl", scenes, tmp_path / "run", "--batch-size", "4", "--queue", "320")
+    assert training.train("d3ssl", command, tmp_path / "log", world=2) == [2, 2]
+    for rank in (0, 1):
+        assert (tmp_path / f"log.{rank}").read_text() == (
+            "d3ssl.py: --batch-size must divide by 8 (2 processes x 1 micro-batches x 4), got 4\n"
+        )
+
+
+def test_a_preset_gives_the_values_that_no_flag_gives():
+    config = common.parse(d3ssl.Config, d3ssl.PRESETS, ["--preset", "demo", "--lr", "0.5"])
+    assert (config.preset, config.lr, config.queue) == ("demo", 0.5, d3ssl.PRESETS["demo"].queue)
+    paper = common.parse(d3ssl.Config, d3ssl.PRESETS, [])
+    assert paper == d3ssl.Config()
+    for trainer in TRAINERS.values():
+        for name in trainer.PRESETS:
+            assert common.parse(trainer.Config, trainer.PRESETS, [f"--preset={name}"]).preset == name
