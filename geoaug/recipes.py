@@ -41,7 +41,7 @@ class Recipe:
         object.__setattr__(self, "draws", self.draws or self.names)
 
     def at(self, size: int) -> Recipe:
-        """The same recipe with its largest views at another size, the others in proportion."""
+        """The same recipe with its largest views at another size, the others and the width of the blur in proportion."""
         size = checks.index(size, 1, 2**16, "Recipe.at", "size")
         largest = max(side for view in self.views for side in view.height_width)
 
@@ -50,7 +50,11 @@ class Recipe:
             resize = None if view.resize is None else max(height, width, round(view.resize * size / largest))
             return replace(view, size=(height, width), resize=resize)
 
-        return replace(self, views=tuple(scaled(view) for view in self.views))
+        colors = tuple(
+            replace(paint, sigma=(paint.sigma[0] * size / largest, paint.sigma[1] * size / largest))
+            for paint in self.colors
+        )
+        return replace(self, views=tuple(scaled(view) for view in self.views), colors=colors)
 
 
 def _two(scale: tuple[float, float]) -> tuple[ViewSpec, ViewSpec]:

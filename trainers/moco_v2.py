@@ -79,10 +79,11 @@ class Model(nn.Module):
 
     def forward(self, batch: geoaug.Batch, count: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """InfoNCE of each image's query with its key and the queue; `count` is the step's readable images."""
-        (query, key), spec, config = batch.images, geoaug.ColorSpec.MOCO_V2, self.config
-        q = self.student(geoaug.color(query, spec, batch.key.fold("query")))  # [B, D]
+        (query, key), config = batch.images, self.config
+        colors = geoaug.recipes.recipe("moco_v2").at(config.size).colors
+        q = self.student(geoaug.color(query, colors[0], batch.key.fold("query")))  # [B, D]
         with torch.no_grad():
-            shown = geoaug.color(key, spec, batch.key.fold("key"))
+            shown = geoaug.color(key, colors[1], batch.key.fold("key"))
             shuffle = config.norm == "shuffle"
             k = common.shuffled(self.teacher, batch.key.fold("k"), shown) if shuffle else self.teacher(shown)
         each = losses.info_nce(q, k, self.queue.vectors, self.queue.valid, temperature=config.temperature)  # [B]

@@ -135,7 +135,8 @@ class Model(nn.Module):
     @torch.no_grad()
     def augment(self, batch: geoaug.Batch) -> tuple[list[Tensor], list[Tensor]]:
         """Coloured and cut views, and the boxes [B, K, 4] that are read in each."""
-        config, recipe, maps = self.config, geoaug.recipes.recipe("soco"), batch.plan.view_from_source
+        config, maps = self.config, batch.plan.view_from_source
+        recipe = geoaug.recipes.recipe("soco").at(config.size)
         chosen, _ = common.choose_boxes(
             batch, (0, 2, 1), config.boxes, law=config.regions, min_side=config.min_side, min_visible=config.min_visible
         )
