@@ -13,13 +13,7 @@ $(READY): pyproject.toml setup.sh
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python data_prep/make_scenes.py --out runs/demo/scenes --images 200
-	$(BIN)/python examples/two_views.py --out runs/demo
-	$(BIN)/python examples/boxes_and_regions.py --out runs/demo
-	$(BIN)/python examples/in_your_own_code.py
-	$(BIN)/geoaug inspect runs/demo/scenes/instances.json --preset scrl --out runs/demo/inspect
-	$(BIN)/geoaug stats --preset scrl --data runs/demo/scenes
-	@echo "demo: pictures in runs/demo, a page to open in runs/demo/inspect/inspect.html"
+	sh ./demo.sh $(BIN)/python runs/demo
 
 lint: $(READY)
 	$(BIN)/ruff check .

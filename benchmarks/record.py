@@ -18,7 +18,17 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "torchvision", "numpy", "numba", "ffcv", "opencv-python", "selectivesearch")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "numba",
+    "ffcv",
+    "opencv-python",
+    "selectivesearch",
+    "scikit-image",
+    "accelerate",
+)
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], runs: int = 7) -> dict[str, list[float]]:

@@ -175,6 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quality", type=_whole_number(50, 100), default=90, help="JPEG quality (90)")
     parser.add_argument("--no-cooccurrence", action="store_true", help="draw every object's class alike")
     parser.add_argument("--no-position-prior", action="store_true", help="put the objects of every class anywhere")
+    parser.add_argument(
+        "--objects", type=_whole_number(1, 12), nargs=2, default=(3, 12), metavar=("FEWEST", "MOST"),
+        help="objects of an image (3 12); fewer are larger",
+    )  # fmt: skip
     parser.add_argument("--workers", type=_whole_number(1, 256), default=None, help="processes (one a core)")
     parser.add_argument("--overwrite", action="store_true", help="replace what other arguments wrote to --out")
     return parser
@@ -184,7 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit status: 0 success, 2 wrong usage, 1 otherwise."""
     parser = _parser()
     args = parser.parse_args(argv)
-    spec = SceneSpec(args.seed, args.size, not args.no_cooccurrence, not args.no_position_prior)
+    if args.objects[0] > args.objects[1]:
+        parser.error(f"--objects must be FEWEST and MOST, got {args.objects[0]} {args.objects[1]}")
+    spec = SceneSpec(args.seed, args.size, not args.no_cooccurrence, not args.no_position_prior, *args.objects)
     manifest = {
         "made_by": "make_scenes",
         "version": VERSION,

@@ -56,6 +56,8 @@ class SceneSpec:
     size: int = 320  # longer side (px)
     cooccurrence: bool = True
     position_prior: bool = True
+    fewest: int = MIN_OBJECTS  # objects of an image
+    most: int = MAX_OBJECTS
 
 
 class Scene(NamedTuple):
@@ -192,13 +194,13 @@ def make_scene(index: int, spec: SceneSpec) -> Scene:
     canvas = _Canvas(rng, height, width)
     canvas.background(rng)
     _paint_clutter(canvas, rng, spec.size)
-    context, wanted = int(rng.integers(4)), int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
+    context, wanted = int(rng.integers(4)), int(rng.integers(spec.fewest, spec.most + 1))
     least = MIN_PIXELS * (spec.size / 320) ** 2
     classes: list[int] = []
-    full, seen = np.zeros(MAX_OBJECTS + 1), np.zeros(MAX_OBJECTS + 1)  # pixels of each label: whole and visible
-    counts = np.zeros(MAX_OBJECTS + 1, np.int64)
+    full, seen = np.zeros(spec.most + 1), np.zeros(spec.most + 1)  # pixels of each label: whole and visible
+    counts = np.zeros(spec.most + 1, np.int64)
     for turn in range(wanted + 20):  # the turns beyond `wanted` are for pictures that had no room
-        if turn >= wanted and len(classes) >= MIN_OBJECTS:
+        if turn >= wanted and len(classes) >= spec.fewest:
             break
         chosen, label = _draw_class(rng, context, spec.cooccurrence), len(classes) + 1
         shape, texture = _class_parts(chosen)
@@ -219,7 +221,7 @@ def make_scene(index: int, spec: SceneSpec) -> Scene:
                 seen[label] = counts.sum()
                 classes.append(chosen)
                 break
-    if len(classes) < MIN_OBJECTS:
+    if len(classes) < spec.fewest:
         raise RuntimeError(f"make_scene: image {index} of seed {spec.seed} has room for {len(classes)} objects only")
     image = np.empty((height, width, 3), np.uint8)
     gains = rng.uniform(0.75, 1.1) * (1 + rng.normal(0, 0.06, 3))

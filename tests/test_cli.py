@@ -202,9 +202,11 @@ def test_cells_that_are_not_valid_are_dark():
     assert celled[0, 10, 30] == 70
 
 
-@pytest.mark.parametrize("script", ["two_views.py", "boxes_and_regions.py", "in_your_own_code.py"])
+@pytest.mark.parametrize(
+    "script", ["two_views.py", "boxes_and_regions.py", "region_composites.py", "in_your_own_code.py", "train_tiny.py"]
+)
 def test_examples_run_as_a_user_runs_them(tmp_path, script):
-    options = ["--steps", "1"] if script == "in_your_own_code.py" else ["--out", str(tmp_path)]
+    options = ["--steps", "1"] if script in ("in_your_own_code.py", "train_tiny.py") else ["--out", str(tmp_path)]
     command = [sys.executable, str(ROOT / "examples" / script), *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr

@@ -1,5 +1,6 @@
 """Segmentation gives scikit-image's labels, ties by edge index included."""
 
+import types
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,10 @@ def photographs(data: Path, count: int, side: int) -> list[Image]:
 @pytest.fixture
 def stable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes scikit-image take edges of one cost by index: it takes what order numpy's fastest sort gives."""
-    argsort = np.argsort
-    monkeypatch.setattr(np, "argsort", lambda costs: argsort(costs, kind="stable"))
+    # numpy's own argsort is left alone, since numba looks it up while it compiles.
+    module, numpy = pytest.importorskip("skimage.segmentation._felzenszwalb_cy"), types.ModuleType("numpy")
+    numpy.__dict__.update(vars(np), argsort=lambda costs: np.argsort(costs, kind="stable"))
+    monkeypatch.setattr(module, "np", numpy)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.8, 0.9, 3.0, 20.0])

@@ -12,6 +12,7 @@ from trainers import common
 from trainers.networks import ARCHES
 
 CHANNELS = {
+    "resnet10-narrow": (64, 32, 64, 128, 256),
     "resnet10": (64, 64, 128, 256, 512),
     "resnet18": (64, 64, 128, 256, 512),
     "resnet34": (64, 64, 128, 256, 512),

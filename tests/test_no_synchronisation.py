@@ -48,6 +48,8 @@ def cases(device):
     sizes = ((224, 160), (96, 128))
     there, images = torch.ones(batch, 3, device=device).bool(), torch.rand(batch, 3, 5, 7, device=device)
     partner = torch.zeros(batch, device=device).long()
+    maps, level = torch.rand(batch, 8, 5, 7, device=device), torch.zeros(batch, 3, device=device).long()
+    queue, queue_valid = torch.rand(6, 4, device=device), torch.ones(6, device=device).bool()
     inside = {"clip": "box", "restore": "threshold"}
     return {
         "overlap": lambda: geoaug.overlap(a, b),
@@ -72,6 +74,15 @@ def cases(device):
             key.fold("x").uniform("s", 5),
             key.integers("s", 5, torch.ones(batch, 1, device=device).long()),
         ),
+        "choose": lambda: geoaug.select.choose(box, there, 5, [a, b], list(sizes), key=key),
+        "sample_points": lambda: geoaug.sample_points(maps, points),
+        "roi_features": lambda: geoaug.roi_features(maps, box, there, 7),
+        "roi_features, levels": lambda: geoaug.roi_features([maps, maps], box, there, 7, level=level),
+        "fpn_level": lambda: geoaug.fpn_level(box, 224),
+        "regression": lambda: geoaug.losses.regression(box, box),
+        "info_nce": lambda: geoaug.losses.info_nce(box, box, queue, queue_valid, temperature=0.2),
+        "mean": lambda: geoaug.losses.mean(box[..., 0], there),
+        "mean, per image": lambda: geoaug.losses.mean(box[..., 0], there, per_image=True, count=2.5),
         "flip": lambda: AxisAffine.flip_x(flips).matrix(),
         "from_torchvision": lambda: geoaug.from_torchvision(i, j, h, w, flips, (5, 7)),
         "from_kornia": lambda: geoaug.from_kornia(torch.rand(batch, 3, 3, device=device), (5, 7), (5, 7)),

@@ -29,6 +29,7 @@ class Loader:
     """Five steps an epoch of numbers that depend on epoch and place alone; no images."""
 
     failures: dict = {}  # noqa: RUF012
+    masks: list = []  # noqa: RUF012  the signals kept away while each batch was made
 
     def __init__(self):
         self.epoch, self.position = 0, 0
@@ -40,6 +41,7 @@ class Loader:
         epoch = self.epoch
         for step in range(self.position, 5):
             self.position = step + 1
+            Loader.masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
             x = torch.randn(2, 3, generator=torch.Generator().manual_seed(100 * epoch + step))
             yield SimpleNamespace(x=x, names=[f"{epoch}/{step}a.jpg", f"{epoch}/{step}b.jpg"])
         self.epoch, self.position = epoch + 1, 0
@@ -236,6 +238,16 @@ def test_a_signal_saves_and_leaves_with_a_mark(number, at, config, tmp_path, cap
     whole = replace(config, output=tmp_path / "whole")
     train(whole)
     assert same(final(config), final(whole))
+
+
+def test_the_loaders_processes_inherit_that_signals_are_kept_away(config):
+    """They start with the first batch of an epoch; one that dies of the signal would end the run without a save."""
+    Loader.masks.clear()
+    train(replace(config, max_steps=10))
+    both = {signal.SIGTERM, signal.SIGUSR1}
+    assert [both <= mask for mask in Loader.masks] == [True, False, False, False, False] * 2
+    assert not any(both & mask for mask in Loader.masks[1:5])
+    assert not both & signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_signal_in_the_last_steps_lets_the_run_end(config):

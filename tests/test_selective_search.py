@@ -96,6 +96,31 @@ def test_binary_patterns_are_scikit_images(kind: str) -> None:
     assert tied > 0
 
 
+@pytest.mark.parametrize("soco", [False, True])
+@pytest.mark.parametrize("levels", [3, 256])
+def test_features_are_the_histograms_of_the_package(levels: int, soco: bool) -> None:
+    texture = pytest.importorskip("skimage.feature")
+    rng = np.random.default_rng(10)
+    # Of few levels many diagonals are tied, and rounding puts some above their pixel and some below.
+    image = rng.integers(0, levels, (135, 181, 3), dtype=np.uint8) * np.uint8(77 if levels == 3 else 1)
+    labels = np.kron(rng.permutation(15).reshape(3, 5), np.ones((45, 37), int))[:, :181].astype(np.int32)
+    codes = [texture.local_binary_pattern(image[..., c], 8, 1.0) for c in range(3)]
+    bins, top = (10, 255.0) if soco else (10, 1.0)
+    padded, kind = np.empty((3, 137, 183), np.uint8), region_features.SOCO if soco else region_features.PACKAGE
+    boxes, sizes, features = np.empty((15, 4), np.int32), np.empty(15, np.int64), np.empty((15, 55 if soco else 31))
+    region_features.pad(image, padded)
+    region_features.measure(padded, labels, kind, boxes, sizes, features)
+    for label in range(15):
+        inside = labels == label
+        value = np.histogram(image.max(axis=2)[inside].astype(float), 25, (0.0, 255.0))[0]
+        patterns = [np.histogram(code[inside], bins, (0.0, top))[0] for code in codes]
+        kept = patterns if soco else [counts[[0, 9]] for counts in patterns]
+        assert sizes[label] == inside.sum()
+        assert np.array_equal(features[label], np.concatenate([value, *kept]) / inside.sum())
+        ys, xs = np.nonzero(inside)
+        assert boxes[label].tolist() == [xs.min(), ys.min(), xs.max(), ys.max()]
+
+
 # ---- strategies: the slow, obvious way -----------------------------------------------------------------------------
 
 

@@ -352,11 +352,19 @@ def test_rows_that_could_not_be_read_change_nothing(batches):
     assert losses[0] == losses[1] > 0
 
 
-def test_every_view_of_a_step_has_colours_and_cuts_of_its_own(batches):
+def test_every_view_of_a_step_has_colours_and_cuts_of_its_own(batches, monkeypatch):
     batch = batches["d3ssl"]
     config = config_of("d3ssl", Path("x"), Path("x"), *BIG)
     regions = d3ssl.find_regions(batch, config)
+    draws, color = [], geoaug.color
+
+    def watched(images, spec, key):
+        draws.append(float(key.uniform("color", 1)[0]))
+        return color(images, spec, key)
+
+    monkeypatch.setattr(geoaug, "color", watched)
     views = d3ssl.augment(batch, regions, config)
+    assert len(set(draws)) == len(draws) == 4  # x1, x2, and x3's front and back
     assert views.x1.shape == views.x2.shape == views.x3.shape == (8, 3, 64, 64)
     assert views.x2s.shape == (8, 3, 32, 32)
     half = nn.functional.interpolate(views.x2, (32, 32), mode="bilinear", antialias=True)

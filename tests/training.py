@@ -46,6 +46,7 @@ def _forked(function: Callable[..., None], *arguments: Any) -> BaseProcess:
 
 
 def _train(method: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as in a trainer that nobody forked
     os.setsid()  # a group of its own, with what it starts
     os.environ.update(environment)
     with log.open("wb", buffering=0) as file:

@@ -5,6 +5,7 @@ python trainers/report.py --run runs/demo/d3ssl --scores runs/demo/scores --data
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from geoaug import inspection, recipes, viz
+import geoaug
+from geoaug import composite_pages, recipes, viz
 from trainers import common
 
 MEANING = """\
@@ -27,6 +29,7 @@ disturbed k-NN        The same with everything outside the objects replaced by a
 coupling rate         How far an object's features change when another stands beside it. 1 is ideal.
 position similarity   How alike one picture's features are in the middle of a 3 x 3 canvas and around it. 1 is ideal,
                       and a random network is near it: it has learnt nothing, position included."""
+SHOWN = "What the networks were shown"
 COCO = """\
 python data_prep/selective_search.py train2017 --out proposals --preset d3ssl
 python data_prep/write_beton.py train2017 --out coco.beton --proposals proposals
@@ -112,7 +115,10 @@ def main(config: Config) -> None:
     scores = {file.stem: json.loads(file.read_text()) for file in sorted(config.scores.glob("*.json"))}
     settings, last = about["config"], lines[-1]
     recipe = recipes.recipe("d3ssl").at(settings["size"])
-    pictures = inspection.pictures(config.data, recipe, count=2, seed=0, proposals=config.proposals)
+    with geoaug.open_loader(
+        config.data, recipe.views, batch_size=1, seed=settings["seed"], workers=0, proposals=config.proposals
+    ) as loader:
+        pictures = composite_pages.rows_of(list(itertools.islice(loader, 4)), recipe)
     told = (
         f"{about['method']} of {settings['arch']} at {settings['size']} pixels, batch {settings['batch_size']}: "
         f"{last['step']:.0f} steps, {last['epoch']:.1f} epochs; "
@@ -123,7 +129,7 @@ def main(config: Config) -> None:
         ("What the backbone has learnt", table(scores), None),
         ("What the numbers mean", MEANING, None),
         ("Curves", told, curves(lines)),
-        *[(title if i == 0 else "", title, picture) for i, (title, picture) in enumerate(pictures)],
+        *[(SHOWN if i == 0 else "", title, picture) for i, (title, picture) in enumerate(pictures)],
         ("The same on COCO", COCO, None),
     ]
     print(f"wrote {viz.page('geoaug: a small D3SSL run', sections, config.out)}")
