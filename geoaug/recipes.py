@@ -41,7 +41,7 @@ class Recipe:
         object.__setattr__(self, "draws", self.draws or self.names)
 
     def at(self, size: int) -> Recipe:
-        """The same recipe with its largest views at another size, the others and the width of the blur in proportion."""
+        """The same recipe with its largest views at another size, the others and the blur in proportion."""
         size = checks.index(size, 1, 2**16, "Recipe.at", "size")
         largest = max(side for view in self.views for side in view.height_width)
 

@@ -90,7 +90,7 @@ def train(config, each=lambda step, loss, model: loss):
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            run.end_step(batch.names, loss, {"spread": loss * 0 + 1}, lr=lr)
+            run.end_step(batch.names, loss, [{"spread": loss * 0 + 1}], lr=lr)
     return run
 
 

@@ -223,14 +223,14 @@ class Model(nn.Module):
         loss = nce(s1, t2, regions.valid, counts[0]) + nce(s2, t1, regions.valid, counts[0])  # eq. 4
         log = {
             **views.log,
-            "decoupling": loss.detach(),
+            "decoupling": loss.detach() * self.config.accumulate,
             "spread": common.spread(s1),
             "spread_teacher": common.spread(t2),
         }
         if views.x3 is not None:
             s3 = self.student(views.x3, views.boxes["x3"])
             apart = nce(s3, t2, regions.movable, counts[1]) + nce(s3, t1, regions.movable, counts[1])  # eq. 9
-            loss, log["depositioning"] = loss + apart, apart.detach()
+            loss, log["depositioning"] = loss + apart, apart.detach() * self.config.accumulate
         return loss, {**log, "keys": (t1, t2, regions.valid)}
 
     def of_teacher(self, images: Tensor, boxes: Tensor, key: geoaug.Key) -> Tensor:
@@ -261,12 +261,13 @@ def main(config: Config) -> None:
             regions = find_regions(batch, config)
             terms = torch.stack((regions.valid.sum(), regions.movable.sum())).float()
             counts = run.sum_over_ranks(terms) / accelerator.num_processes
-            total, stored_keys = torch.zeros((), device=accelerator.device), []
+            total, stored_keys, logs = torch.zeros((), device=accelerator.device), [], []
             parts = zip(batch.split(config.accumulate), regions.split(config.accumulate), strict=True)
             for part, its_regions in parts:
                 with accelerator.accumulate(model):
                     loss, log = model(part, its_regions, counts)
                     stored_keys.append(log.pop("keys"))
+                    logs.append(log)
                     accelerator.backward(loss * config.accumulate)  # which divides by it
                     optimizer.step()
                     optimizer.zero_grad()
@@ -276,7 +277,7 @@ def main(config: Config) -> None:
             stored = {"t1": (t1,), "t2": (t2,), "both": (t1, t2)}[config.enqueue]
             unit = functional.normalize(torch.cat(stored).flatten(0, 1).float(), dim=1)
             bare.queue.enqueue(unit, valid.repeat(len(stored), 1).flatten())
-            run.end_step(batch.names, total, log, lr=lr, ema=config.ema)
+            run.end_step(batch.names, total, logs, lr=lr, ema=config.ema)
 
 
 if __name__ == "__main__":

@@ -108,11 +108,12 @@ def main(config: Config) -> None:
         for step, batch in run.batches():
             lr = common.set_lr(optimizer, step, run.total, peak=peak, warmup=warmup)
             count = run.sum_over_ranks(batch.ok.sum().float()) / accelerator.num_processes
-            total, keys = torch.zeros((), device=accelerator.device), []
+            total, keys, logs = torch.zeros((), device=accelerator.device), [], []
             for part in batch.split(config.accumulate):
                 with accelerator.accumulate(model):
                     loss, log = model(part, count)
                     keys.append(log.pop("keys"))
+                    logs.append(log)
                     accelerator.backward(loss * config.accumulate)  # which divides by it
                     optimizer.step()
                     optimizer.zero_grad()
@@ -120,7 +121,7 @@ def main(config: Config) -> None:
             common.move_teacher(bare.teacher, bare.student, config.ema)
             k, ok = (accelerator.gather(torch.cat(column)) for column in zip(*keys, strict=True))
             bare.queue.enqueue(functional.normalize(k.float(), dim=1), ok)
-            run.end_step(batch.names, total, log, lr=lr)
+            run.end_step(batch.names, total, logs, lr=lr)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Run:
 
     >>> with Run(config, accelerator, loader, model=model, optimizer=optimizer) as run:   # doctest: +SKIP
     ...     for step, batch in run.batches():
-    ...         run.end_step(step, loss, log, lr=lr)
+    ...         run.end_step(batch.names, loss, [log], lr=lr)
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class Run:
                         self.save()
             self.save()
 
-    def end_step(self, names: list[str], loss: Tensor, log: dict[str, Tensor], **numbers: float) -> None:
-        """After the optimiser's step: watch the loss, tell the logs, obey a signal.
+    def end_step(self, names: list[str], loss: Tensor, logs: list[dict[str, Tensor]], **numbers: float) -> None:
+        """After the optimiser's step: watch the loss, log it with the means of what the micro-batches logged.
 
         The loss is looked at one step late, from a copy that was under way meanwhile, so that no step waits for it.
         """
@@ -145,7 +145,7 @@ class Run:
         self._look(before)
         self._since += 1
         if self.step % self.config.log_every == 0 or self.step == self.last:
-            self._log(loss, log, numbers)
+            self._log(loss, logs, numbers)
 
     def _look(self, watched: tuple[int, list[str], Tensor, torch.cuda.Event | None] | None) -> None:
         """Raise where the loss of a step was no number; note whether some rank was told to stop."""
@@ -171,10 +171,11 @@ class Run:
         self.accelerator.wait_for_everyone()
         raise SystemExit(REQUEUE)
 
-    def _log(self, loss: Tensor, log: dict[str, Tensor], numbers: dict[str, float]) -> None:
+    def _log(self, loss: Tensor, logs: list[dict[str, Tensor]], numbers: dict[str, float]) -> None:
         now = time.perf_counter()
-        names = sorted(log)
-        values = torch.stack([loss.detach().float(), *(log[name].detach().float() for name in names)])
+        names = sorted(logs[0])
+        means = (torch.stack([log[name].detach().float() for log in logs]).mean() for name in names)
+        values = torch.stack([loss.detach().float(), *means])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "mean")
         read = [float(value) for value in values.cpu()]

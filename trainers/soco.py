@@ -197,16 +197,17 @@ def main(config: Config) -> None:
             lr = common.set_lr(optimizer, step, run.total, peak=peak, warmup=warmup)
             ema = common.cosine_momentum(step, run.total, base=config.ema)
             count = run.sum_over_ranks(batch.ok.sum().float()) / accelerator.num_processes
-            total = torch.zeros((), device=accelerator.device)
+            total, logs = torch.zeros((), device=accelerator.device), []
             for part in batch.split(config.accumulate):
                 with accelerator.accumulate(model):
                     loss, log = model(part, count)
+                    logs.append(log)
                     accelerator.backward(loss * config.accumulate)  # which divides by it
                     optimizer.step()
                     optimizer.zero_grad()
                 total = total + loss.detach()
             common.move_teacher(bare.teacher, bare.student, ema)
-            run.end_step(batch.names, total, log, lr=lr, ema=ema)
+            run.end_step(batch.names, total, logs, lr=lr, ema=ema)
 
 
 if __name__ == "__main__":
