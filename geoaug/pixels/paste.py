@@ -13,6 +13,7 @@ from ..geometry import checks
 from . import paste_kernels, rectangles
 
 _ROWS = 4  # images a thread takes at a time
+_PER_THREAD = 2**24  # bytes of output below which a thread more costs what it saves: torch's own still spin
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a number's bits are copied, never read
 
 
@@ -85,7 +86,7 @@ def _on_cpu(
         paste_kernels.paste(source, inside, behind, which, moves, moved, blank, first, last, target)
 
     firsts = range(0, len(images), _ROWS)
-    threads = min(torch.get_num_threads(), len(firsts))
+    threads = min(torch.get_num_threads(), len(firsts), images.nbytes // _PER_THREAD)
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, firsts))  # the list raises what a thread raised
