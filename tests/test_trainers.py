@@ -98,7 +98,7 @@ def whole(request, scenes, tmp_path_factory):
     """A run that nobody stops."""
     method, world = request.param
     folder = tmp_path_factory.mktemp("whole")
-    more = ["--max-steps", "9", "--save-every", "2", *(["--min-side", "4"] if method == "d3ssl" else [])]
+    more = ["--epochs", "8", "--max-steps", "9", "--save-every", "2", *(["--min-side", "4"] if method == "d3ssl" else [])]
     command = training.command(method, scenes, folder / "run", *more)
     assert training.train(method, command, folder / "log", world=world) == [0] * world
     # Nothing is printed but what was written: no warning either.
@@ -236,7 +236,7 @@ def test_every_switch_runs_two_steps(method, switches, scenes, tmp_path):
     about = json.loads((tmp_path / "run" / "config.json").read_text())
     assert about["method"] == method
     weights = geoaug.weights.read_backbone(tmp_path / "run")
-    assert common.make_trunk("resnet10", str(tmp_path / "run")).state_dict().keys() == weights.keys()
+    assert common.make_trunk(about["config"]["arch"], str(tmp_path / "run")).state_dict().keys() == weights.keys()
 
 
 @pytest.mark.usefixtures("_fresh_accelerate")

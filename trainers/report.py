@@ -29,6 +29,9 @@ disturbed k-NN        The same with everything outside the objects replaced by a
 coupling rate         How far an object's features change when another stands beside it. 1 is ideal.
 position similarity   How alike one picture's features are in the middle of a 3 x 3 canvas and around it. 1 is ideal,
                       and a random network is near it: it has learnt nothing, position included."""
+LOSS = """\
+The loss is four terms of InfoNCE over the queue, so it starts near 0 with an empty queue, rises while the queue fills,
+and can only then fall. A spread that goes to 0 is a collapse."""
 SHOWN = "What the networks were shown"
 COCO = """\
 python data_prep/selective_search.py train2017 --out proposals --preset d3ssl
@@ -47,10 +50,10 @@ class Config:
 
     run: Path
     """The run folder."""
-    scores: Path
-    """A folder of evaluate.py's JSON files."""
     data: Path
     """The images the views are shown on."""
+    scores: Path | None = None
+    """A folder of evaluate.py's JSON files, trained-TASK.json and random-TASK.json of all four tasks."""
     proposals: Path | None = None
     out: Path = Path("runs/demo/report.html")
 
@@ -112,7 +115,8 @@ def main(config: Config) -> None:
         raise common.UsageError(f"--run must hold metrics.jsonl, got {config.run}")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     about = json.loads((config.run / "config.json").read_text())
-    scores = {file.stem: json.loads(file.read_text()) for file in sorted(config.scores.glob("*.json"))}
+    files = sorted(config.scores.glob("*.json")) if config.scores else []
+    scores = {file.stem: json.loads(file.read_text()) for file in files}
     settings, last = about["config"], lines[-1]
     recipe = recipes.recipe("d3ssl").at(settings["size"])
     with geoaug.open_loader(
@@ -126,12 +130,13 @@ def main(config: Config) -> None:
         f"{100 * np.median([line['data_s'] / line['step_s'] for line in lines]):.1f} % of it waiting for data."
     )
     sections: list[tuple[str, str, Tensor | None]] = [
-        ("What the backbone has learnt", table(scores), None),
-        ("What the numbers mean", MEANING, None),
-        ("Curves", told, curves(lines)),
+        ("Curves", f"{told}\n\n{LOSS}", curves(lines)),
         *[(SHOWN if i == 0 else "", title, picture) for i, (title, picture) in enumerate(pictures)],
         ("The same on COCO", COCO, None),
     ]
+    if scores:
+        learnt = ("What the backbone has learnt", table(scores), None)
+        sections = [learnt, ("What the numbers mean", MEANING, None), *sections]
     print(f"wrote {viz.page('geoaug: a small D3SSL run', sections, config.out)}")
 
 

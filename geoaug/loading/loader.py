@@ -68,8 +68,6 @@ class Loader:
         self._epoch, self._start, self._position, self._told = 0, 0, 0, False
         self._running: WeakSet[Generator[Batch, None, None]] = WeakSet()  # weak, so that a dropped one ends
         self._rows_of_epoch(0)  # so that a wrong `order` is told at once
-        import torchvision.io  # noqa: F401  here once, not in every worker of every epoch; the decoders need it
-
         tiny = plan_views([ViewSpec(2)], [[2, 2]], [0], seed=0, epoch=0)
         render_one(torch.zeros(2, 2, 3, dtype=torch.uint8), tiny)  # compiled here once, not in every worker it forks
 
@@ -157,6 +155,8 @@ class Loader:
         return iterator
 
     def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        import torchvision.io  # noqa: F401  here once, not in every worker of every epoch; its decoders are used
+
         order = self._rows_of_epoch(epoch)
 
         def task(step: int) -> Task:
