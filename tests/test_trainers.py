@@ -98,7 +98,8 @@ def whole(request, scenes, tmp_path_factory):
     """A run that nobody stops."""
     method, world = request.param
     folder = tmp_path_factory.mktemp("whole")
-    more = ["--epochs", "8", "--max-steps", "9", "--save-every", "2", *(["--min-side", "4"] if method == "d3ssl" else [])]
+    more = ["--epochs", "8", "--max-steps", "9", "--save-every", "2"]
+    more += ["--min-side", "4"] if method == "d3ssl" else []
     command = training.command(method, scenes, folder / "run", *more)
     assert training.train(method, command, folder / "log", world=world) == [0] * world
     # Nothing is printed but what was written: no warning either.
