@@ -248,3 +248,17 @@ def test_colours_tell_nothing_of_the_class_and_classes_are_equally_frequent() ->
     guess = np.linalg.norm(points[half:, None] - means, axis=2).argmin(1)
     assert (guess == labels[half:]).mean() < 0.12
     assert np.bincount(labels, minlength=len(NAMES)).min() > 0.5 * len(labels) / len(NAMES)
+
+
+def test_the_number_of_objects_is_as_asked_for():
+    spec = SceneSpec(0, SIZE, fewest=1, most=3)
+    counts = {len(make_scene(i, spec).classes) for i in range(24)}
+    assert counts == {1, 2, 3}
+
+
+def test_more_objects_at_least_than_at_most_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        make_scenes.main(["--out", str(tmp_path / "scenes"), "--images", "1", "--objects", "3", "2"])
+    assert refused.value.code == 2
+    assert "--objects" in capsys.readouterr().err
+    assert not (tmp_path / "scenes").exists()

@@ -3,7 +3,8 @@
     accelerate launch trainers/d3ssl.py --data coco.beton --output runs/d3ssl             # 800 epochs, the paper's
     python trainers/d3ssl.py --data runs/demo/scenes.beton --preset demo --output runs/d  # minutes on two cores
 
-Proposals come with the .beton or from `--proposals STORE`; without any, every image's one box is the whole view.
+Proposals come with the .beton or from `--proposals STORE`; an image without any is read as one whole view. Data without
+proposals at all is refused, unless `--regions grid | free` lays boxes of its own.
 To expect: VOC07+12 57.8 AP, COCO box 40.3 AP after 800 epochs of COCO (the paper's Table 1; we have not run them).
 
 The paper's supplement, and so every number of its optimisation, was never published, and nor was its code. Our choices,
@@ -214,13 +215,14 @@ class Model(nn.Module):
             t1 = self.of_teacher(views.x1, views.boxes["x1"], batch.key.fold("t1"))  # [B, K, D]
             t2 = self.of_teacher(views.x2, views.boxes["x2"], batch.key.fold("t2"))
 
-        def nce(z: Tensor, positive: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-            each = losses.info_nce(z, positive, **negatives, temperature=self.config.temperature)  # eq. 5, [B, K]
-            return losses.mean(each, valid, count=count)
+        def nce(z: Tensor, positives: tuple[Tensor, ...], valid: Tensor, count: Tensor) -> Tensor:
+            """Eq. 5 with each of the positives, added up; the queue is compared with z once."""
+            each = losses.info_nce(z, torch.stack(positives), **negatives, temperature=self.config.temperature)
+            return losses.mean(each, valid.expand_as(each), count=count)  # each: [positives, B, K]
 
         s1 = self.student(views.x1, views.boxes["x1"])
         s2 = self.student(views.x2s, views.boxes["x2s"])
-        loss = nce(s1, t2, regions.valid, counts[0]) + nce(s2, t1, regions.valid, counts[0])  # eq. 4
+        loss = nce(s1, (t2,), regions.valid, counts[0]) + nce(s2, (t1,), regions.valid, counts[0])  # eq. 4
         log = {
             **views.log,
             "decoupling": loss.detach() * self.config.accumulate,
@@ -229,7 +231,7 @@ class Model(nn.Module):
         }
         if views.x3 is not None:
             s3 = self.student(views.x3, views.boxes["x3"])
-            apart = nce(s3, t2, regions.movable, counts[1]) + nce(s3, t1, regions.movable, counts[1])  # eq. 9
+            apart = nce(s3, (t2, t1), regions.movable, counts[1])  # eq. 9
             loss, log["depositioning"] = loss + apart, apart.detach() * self.config.accumulate
         return loss, {**log, "keys": (t1, t2, regions.valid)}
 
