@@ -143,13 +143,22 @@ class ProposalStore:
 def _drawn(key: Key, counts: npt.NDArray[np.int64], m: int) -> npt.NDArray[np.int64]:
     """The m candidates of smallest draw, in their order, of each row of more than m; of equal draws the first."""
     rows = np.flatnonzero(counts > m)
-    most = int(counts.max())
-    draws = key[torch.from_numpy(rows)].uniform("candidates", most).numpy()  # multiples of 2^-24
-    place = np.arange(most)
-    rank = ((draws * 2**24).astype(np.int64) << 32) | place  # no two alike, so that exactly m are taken
-    rank[place >= counts[rows, None]] = np.iinfo(np.int64).max
-    last = np.partition(rank, m - 1, axis=1)[:, m - 1 : m]
-    return np.nonzero(rank <= last)[1].reshape(len(rows), m)
+    counts = counts[rows, None]
+    draws = key[torch.from_numpy(rows)].uniform("candidates", int(counts.max())).numpy()  # multiples of 2^-24
+    if counts.min() < draws.shape[1]:
+        draws = np.where(np.arange(draws.shape[1]) < counts, draws, np.float32(2))
+    # The m smallest of uniform draws lie below this but in one row of millions; then all are looked at.
+    likely = draws < np.minimum((m + 6 * m**0.5 + 12) / counts, 1.5).astype(np.float32)
+    if (np.count_nonzero(likely, axis=1) < m).any():
+        likely = draws < 1
+    row, slot = np.divmod(np.flatnonzero(likely.ravel()), draws.shape[1])  # half the time of `nonzero`
+    held = np.bincount(row, minlength=len(rows))
+    rank = np.full((len(rows), held.max()), np.iinfo(np.int64).max)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(held) - held, held)
+    # No two ranks are alike, so that of equal draws the first is taken and exactly m are.
+    rank[row, within] = ((draws[row, slot] * 2**24).astype(np.int64) << 32) | slot
+    smallest = np.partition(rank, m - 1, axis=1)[:, :m]
+    return np.sort(smallest & 0xFFFFFFFF, axis=1)
 
 
 def _is_whole(mark: Path) -> bool:
