@@ -14,21 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..geometry import checks
-
-# Shortest length that is divided by: a zero vector stays zero, and its gradient finite.
-_SHORT = 1e-6
-
-
-def _vectors(x: object, where: str, argument: str) -> Tensor:
-    ok = isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 1
-    checks.require(ok, where, argument, "floating vectors [*batch, D]", checks.shape_of(x))
-    assert isinstance(x, Tensor)
-    return x
-
-
-def _unit(x: Tensor) -> Tensor:
-    """The vectors at length 1, in float32, or float64 as they came."""
-    return functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=_SHORT)
+from .vectors import unit as _unit
+from .vectors import vectors as _vectors
 
 
 def regression(p: Float[Tensor, "*batch D"], z: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
