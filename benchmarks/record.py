@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -102,17 +102,21 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(name: str, title: str, rows: list[tuple[str, str]], raw: Mapping[str, object]) -> None:
+def save(
+    name: str, title: str, rows: Sequence[tuple[str, ...]], raw: Mapping[str, object], *,
+    columns: tuple[str, ...] = ("what", "figure"), notes: Sequence[str] = (), where: Path = RESULTS,
+) -> None:  # fmt: skip
     """Print a table and write it to results/<name>.md, with every number in results/<name>.json."""
     about = machine()
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())  # type: ignore[attr-defined]
     lines = [
         f"# {title}",
         "",
-        "| what | figure |",
-        "| --- | --- |",
-        *(f"| {what} | {figure} |" for what, figure in rows),
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---' for _ in columns)} |",
+        *(f"| {' | '.join(row)} |" for row in rows),
     ]
+    lines += ["", *notes] if notes else []
     lines += ["", f"{about['cpu']}, {about['cores']} cores, AVX-512 {about['avx512']}, GPU {about['gpu']};"]
     lines += [
         f"Python {about['python']}, {versions}; {about['date']},",
@@ -121,7 +125,7 @@ def save(name: str, title: str, rows: list[tuple[str, str]], raw: Mapping[str, o
         f"`{about['command']}`",
         "",
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines))
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": about, **raw}, indent=1) + "\n")
+    where.mkdir(parents=True, exist_ok=True)
+    (where / f"{name}.md").write_text("\n".join(lines))
+    (where / f"{name}.json").write_text(json.dumps({"machine": about, **raw}, indent=1) + "\n")
     print("\n".join(lines))
