@@ -1,6 +1,7 @@
 """The trainers' shared leaves under one name: `from trainers.common import ...`. No loop lives here."""
 
 from .arguments import ARCHES, REQUEUE, Norm, RunConfig, TrainingError, UsageError, launch, open_data, parse, start
+from .byol_parts import Forward, Target, both_ways, byol_head, of_views, target_of
 from .checkpoints import load_checkpoint, save_checkpoint
 from .networks import (
     AllReduceBatchNorm,
@@ -24,6 +25,7 @@ __all__ = [
     "REQUEUE",
     "AllReduceBatchNorm",
     "Cutout",
+    "Forward",
     "Jitter",
     "Norm",
     "OnOff",
@@ -32,9 +34,12 @@ __all__ = [
     "RegionLaw",
     "Run",
     "RunConfig",
+    "Target",
     "TrainingError",
     "Trunk",
     "UsageError",
+    "both_ways",
+    "byol_head",
     "choose_boxes",
     "cosine_lr",
     "cosine_momentum",
@@ -47,6 +52,7 @@ __all__ = [
     "mlp",
     "move_teacher",
     "need_boxes",
+    "of_views",
     "open_data",
     "parse",
     "prepare_model",
@@ -56,6 +62,7 @@ __all__ = [
     "shuffled",
     "spread",
     "start",
+    "target_of",
     "weights_and_vectors",
     "with_norm",
 ]

@@ -195,17 +195,17 @@ def prepare_model(model: nn.Module, config: RunConfig, device: torch.device) -> 
 
 
 @torch.no_grad()
-def shuffled(encoder: Callable[..., Tensor], key: Key, *inputs: Tensor) -> Tensor:
+def shuffled(encoder: Callable[..., Any], key: Key, *inputs: Tensor) -> Any:
     """encoder(*inputs) with the rows of all processes dealt anew, so that no batch norm sees a query with its key.
 
-    The deal is drawn from the key; outputs come back in the rows' own order.
+    The deal is drawn from the key; outputs, a tensor or a tuple of them, come back in the rows' own order.
     """
     rank, size = dist.get_rank(), len(inputs[0])
     deal = torch.argsort(_gathered(key.uniform("shuffle", 1)[:, 0]), stable=True)
     mine = deal[rank * size : (rank + 1) * size]
-    outputs = _gathered(encoder(*(_gathered(x)[mine] for x in inputs)))
+    outputs = encoder(*(_gathered(x)[mine] for x in inputs))
     back = torch.argsort(deal)[rank * size : (rank + 1) * size]
-    return outputs[back]
+    return tuple(_gathered(x)[back] for x in outputs) if isinstance(outputs, tuple) else _gathered(outputs)[back]
 
 
 def _gathered(x: Tensor) -> Tensor:
