@@ -4,15 +4,19 @@ from .backbone import Backbone, tile_means
 from .canvases import disturb, object_tiles, resize, side_by_side, tiled
 from .coupling import CouplingRate, coupling_rate, different_pairs, position_similarity
 from .neighbours import Accuracy, choose_objects, object_features, object_knn, other_images
+from .segmentation import SegmentationScore, confusion, hungarian_miou
 
 __all__ = [
     "Accuracy",
     "Backbone",
     "CouplingRate",
+    "SegmentationScore",
     "choose_objects",
+    "confusion",
     "coupling_rate",
     "different_pairs",
     "disturb",
+    "hungarian_miou",
     "object_features",
     "object_knn",
     "object_tiles",
