@@ -14,8 +14,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..geometry import checks
+from .dense_losses import dense_similarity, region_contrast, region_embeddings
 from .vectors import unit as _unit
 from .vectors import vectors as _vectors
+
+__all__ = [
+    "dense_similarity",
+    "info_nce",
+    "mean",
+    "region_contrast",
+    "region_embeddings",
+    "regression",
+]
 
 
 def regression(p: Float[Tensor, "*batch D"], z: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
