@@ -84,6 +84,12 @@ def cases(device):
         "dense_similarity": lambda: geoaug.losses.dense_similarity(box, box, kind="cross_entropy"),
         "region_embeddings": lambda: geoaug.losses.region_embeddings(box, points[:, :3], by_mass=True),
         "region_contrast": lambda: geoaug.losses.region_contrast(box, box, temperature=0.1),
+        "local_contrastive": lambda: geoaug.losses.local_contrastive(
+            maps, maps.mT, torch.rand(batch, 35, 2, device=device), temperature=0.1
+        ),
+        "local_regression": lambda: geoaug.losses.local_regression(
+            maps, maps.mT, torch.rand(batch, 35, 2, device=device)
+        ),
         "mean": lambda: geoaug.losses.mean(box[..., 0], there),
         "mean, per image": lambda: geoaug.losses.mean(box[..., 0], there, per_image=True, count=2.5),
         "flip": lambda: AxisAffine.flip_x(flips).matrix(),

@@ -15,12 +15,15 @@ from torch.nn import functional
 
 from ..geometry import checks
 from .dense_losses import dense_similarity, region_contrast, region_embeddings
+from .local_contrast import local_contrastive, local_regression
 from .vectors import unit as _unit
 from .vectors import vectors as _vectors
 
 __all__ = [
     "dense_similarity",
     "info_nce",
+    "local_contrastive",
+    "local_regression",
     "mean",
     "region_contrast",
     "region_embeddings",
