@@ -50,6 +50,7 @@ def cases(device):
     partner = torch.zeros(batch, device=device).long()
     maps, level = torch.rand(batch, 8, 5, 7, device=device), torch.zeros(batch, 3, device=device).long()
     queue, queue_valid = torch.rand(6, 4, device=device), torch.ones(6, device=device).bool()
+    ids = torch.zeros(batch, 3, device=device).long()
     inside = {"clip": "box", "restore": "threshold"}
     return {
         "overlap": lambda: geoaug.overlap(a, b),
@@ -89,6 +90,11 @@ def cases(device):
         ),
         "local_regression": lambda: geoaug.losses.local_regression(
             maps, maps.mT, torch.rand(batch, 35, 2, device=device)
+        ),
+        "point_region_contrast": lambda: geoaug.losses.point_region_contrast(box, ids, box, ids, temperature=0.2),
+        "positive_pairs": lambda: geoaug.losses.positive_pairs(ids, ids),
+        "affinity_distillation": lambda: geoaug.losses.affinity_distillation(
+            box, box, box, box, there, temperature=0.1, teacher_temperature=0.07
         ),
         "mean": lambda: geoaug.losses.mean(box[..., 0], there),
         "mean, per image": lambda: geoaug.losses.mean(box[..., 0], there, per_image=True, count=2.5),

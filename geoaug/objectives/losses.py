@@ -16,15 +16,19 @@ from torch.nn import functional
 from ..geometry import checks
 from .dense_losses import dense_similarity, region_contrast, region_embeddings
 from .local_contrast import local_contrastive, local_regression
+from .point_losses import affinity_distillation, point_region_contrast, positive_pairs
 from .vectors import unit as _unit
 from .vectors import vectors as _vectors
 
 __all__ = [
+    "affinity_distillation",
     "dense_similarity",
     "info_nce",
     "local_contrastive",
     "local_regression",
     "mean",
+    "point_region_contrast",
+    "positive_pairs",
     "region_contrast",
     "region_embeddings",
     "regression",
