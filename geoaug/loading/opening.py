@@ -14,9 +14,10 @@ from ..geometry import checks
 from ..geometry.views import ViewSpec
 from ..proposals.store import ProposalStore
 from .folder import LoadError, Tasks
+from .listed import only_listed
 from .loader import Loader, Proposals
 from .order import steps_of
-from .source import open_source
+from .source import MISSING, open_source
 
 log = logging.getLogger("geoaug")
 
@@ -39,6 +40,7 @@ def open_loader(
     replay: bool = False,
     on_error: Literal["raise", "mask"] = "raise",
     images: Path | str | None = None,
+    only: Path | str | None = None,
     verify: bool = True,
     label_map: Literal["instance", "semantic"] | None = None,
     label_map_size: tuple[int, int] = (160, 160),
@@ -52,7 +54,7 @@ def open_loader(
     `device`. `last="keep"` pads the last batch with ok = False. `replay` plans views as in epoch 0 while the order
     follows the epoch. `verify` refuses images that the decoder warns about; `on_error="mask"` gives what cannot be read
     ok = False and counts it in `loader.report`. `workers` are processes, of a .beton threads, one at least (None: one
-    a core, 8 at most; 0: this one).
+    a core, 8 at most; 0: this one). `only` keeps the images whose names or stems are the lines of a text file.
 
         with open_loader("photographs", [ViewSpec(224), ViewSpec(224)], batch_size=256, seed=0) as loader:
             for epoch in range(100):
@@ -83,12 +85,14 @@ def open_loader(
             label_map is None, where, "label_map", "None for a .beton, which holds no masks", repr(label_map)
         )
         checks.require(images is None, where, "images", "None for a .beton: it holds its images", repr(images))
+        checks.require(only is None, where, "only", "None for a .beton, which can be written of a list", repr(only))
         beton, source = open_beton(path, verify=verify)
     else:
         source = open_source(path, images, masks=label_map is not None)
+        source = source if only is None else only_listed(source, Path(only))
         has_masks = label_map is None or source.objects is not None
         checks.require(has_masks, where, "label_map", "left out without a COCO json", repr(label_map))
-    missing = source.problems.get("image that is missing", [])
+    missing = source.problems.get(MISSING, [])
     if missing and on_error == "raise":
         raise LoadError(f"open_loader: {len(missing)} images are missing under {source.root}, such as {missing[:3]}")
     for kind, names in source.problems.items():

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from ..geometry.ids import sample_ids
 from .coco import Objects, objects_of, read_record
 
-__all__ = ["SUFFIXES", "Objects", "Source", "inside", "open_source"]
+__all__ = ["MISSING", "SUFFIXES", "Objects", "Source", "inside", "open_source"]
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif"))
+MISSING = "image that is missing"
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,6 @@ def _from_coco(file: Path, root: Path, masks: bool) -> Source:
     problems: dict[str, list[str]] = {}
     missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
     if missing:
-        problems["image that is missing"] = missing
+        problems[MISSING] = missing
     objects = objects_of(record, problems, masks=masks)
     return Source(root, names, sample_ids(names).numpy(), labels, classes, objects, problems)
