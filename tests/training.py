@@ -21,6 +21,10 @@ TINY = ("--preset", "demo", "--cpu", "--size", "32", "--batch-size", "8", "--hid
         "--workers", "0")  # fmt: skip
 OF = {"moco_v2": ("--queue", "64"), "soco": ("--roi-size", "4"), "d3ssl": ("--queue", "256", "--roi-size", "4")}
 PATIENCE = 120  # seconds after which a process counts as hung
+OF |= {
+    "simsiam": ("--dim", "32", "--bottleneck", "8"),
+    "densesiam": ("--dim", "32", "--channels", "8", "--grid", "3", "--region-start", "0.2"),
+}
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["trainers.moco_v2", "trainers.soco", "trainers.d3ssl"])

@@ -26,7 +26,8 @@ Norm = Literal["sync", "batch", "shuffle"]
 _LEAST = {
     "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "size": 1,
     "lr": 0.0, "weight_decay": 0.0, "warmup_epochs": 0.0, "ema": 0.0, "momentum": 0.0, "temperature": 1e-6,
-    "queue": 1, "dim": 1, "hidden": 1, "boxes": 1, "roi_size": 1,
+    "queue": 1, "dim": 1, "hidden": 1, "boxes": 1, "roi_size": 1, "bottleneck": 1, "grid": 1, "channels": 2,
+    "dense_weight": 0.0, "region_weight": 0.0, "region_start": 0.0,
 }  # fmt: skip
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -96,15 +97,25 @@ class RunConfig:
 C = TypeVar("C", bound=RunConfig)
 
 
+def flag(name: str, arguments: Sequence[str] | None = None) -> str:
+    """What a flag of the command line is given, the last time it is, before anything else is known; or nothing.
+
+    >>> flag("preset", ["--preset", "demo", "--lr=1"]), flag("lr", ["--preset", "demo", "--lr=1"]), flag("task", [])
+    ('demo', '1', '')
+    """
+    arguments, value = sys.argv[1:] if arguments is None else arguments, ""
+    for i, word in enumerate(arguments):
+        if word == f"--{name}":
+            value = arguments[i + 1] if i + 1 < len(arguments) else ""
+        elif word.startswith(f"--{name}="):
+            value = word.removeprefix(f"--{name}=")
+    return value
+
+
 def parse(kind: type[C], presets: dict[str, C], arguments: list[str] | None = None) -> C:
     """The command line as a config: the preset's values, or the paper's defaults, overridden by the flags given."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    name = ""
-    for i, word in enumerate(arguments):
-        if word == "--preset":
-            name = arguments[i + 1] if i + 1 < len(arguments) else ""
-        elif word.startswith("--preset="):
-            name = word.removeprefix("--preset=")
+    name = flag("preset", arguments)
     if name and name not in presets:
         raise UsageError(f"--preset must be one of {', '.join(presets)}, got {name}")
     default = dataclasses.replace(presets[name], preset=name) if name else kind()

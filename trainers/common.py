@@ -1,8 +1,21 @@
 """The trainers' shared leaves under one name: `from trainers.common import ...`. No loop lives here."""
 
-from .arguments import ARCHES, REQUEUE, Norm, RunConfig, TrainingError, UsageError, launch, open_data, parse, start
+from .arguments import (
+    ARCHES,
+    REQUEUE,
+    Norm,
+    RunConfig,
+    TrainingError,
+    UsageError,
+    flag,
+    launch,
+    open_data,
+    parse,
+    start,
+)
 from .byol_parts import Forward, Target, both_ways, byol_head, of_views, target_of
 from .checkpoints import load_checkpoint, save_checkpoint
+from .dense_heads import at_points, categories_in_use, conv_head
 from .networks import (
     AllReduceBatchNorm,
     Pyramid,
@@ -18,31 +31,43 @@ from .networks import (
 from .optimizers import LARS, Queue, cosine_lr, cosine_momentum, frozen, move_teacher, set_lr, weights_and_vectors
 from .region_views import Cutout, Jitter, OnOff, RegionLaw, choose_boxes, jittered, kept_pixels, need_boxes
 from .runs import Run
+from .shared_points import PointLaw, SharedPoints, share_points
+from .siamese import SPREAD_FLOORS, PredictorLR, Similarity, check_norm, siamese_groups, symmetrised
 
 __all__ = [
     "ARCHES",
     "LARS",
     "REQUEUE",
+    "SPREAD_FLOORS",
     "AllReduceBatchNorm",
     "Cutout",
     "Forward",
     "Jitter",
     "Norm",
     "OnOff",
+    "PointLaw",
+    "PredictorLR",
     "Pyramid",
     "Queue",
     "RegionLaw",
     "Run",
     "RunConfig",
+    "SharedPoints",
+    "Similarity",
     "Target",
     "TrainingError",
     "Trunk",
     "UsageError",
+    "at_points",
     "both_ways",
     "byol_head",
+    "categories_in_use",
+    "check_norm",
     "choose_boxes",
+    "conv_head",
     "cosine_lr",
     "cosine_momentum",
+    "flag",
     "frozen",
     "jittered",
     "kept_pixels",
@@ -59,9 +84,12 @@ __all__ = [
     "region_head",
     "save_checkpoint",
     "set_lr",
+    "share_points",
     "shuffled",
+    "siamese_groups",
     "spread",
     "start",
+    "symmetrised",
     "target_of",
     "weights_and_vectors",
     "with_norm",

@@ -38,9 +38,11 @@ class Run:
 
     def __init__(
         self, config: RunConfig, accelerator: Accelerator, loader: Loader, *, model: nn.Module, optimizer: Any,
-        backbone: str,
+        backbone: str, floors: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
+        """`floors` are the least values of what is logged that a healthy run has; below one, it warns once."""
         self.config, self.accelerator, self.loader = config, accelerator, loader
+        self._floors = dict(floors or {})
         self.model, self.optimizer = accelerator.unwrap_model(model), optimizer
         self.total = config.epochs * len(loader)
         self.last = self.total if config.max_steps is None else min(self.total, config.max_steps)
@@ -188,6 +190,9 @@ class Run:
         line |= {"images_per_s": self.config.batch_size / seconds, "memory_mb": _memory(self.accelerator.device)}
         self._clock, self._data_time, self._since = time.perf_counter(), 0.0, 0
         if self.accelerator.is_main_process:
+            for name in [n for n, least in self._floors.items() if line.get(n, least) < least]:
+                told = f"{name} is {line[name]:.3g}, under {self._floors.pop(name):g}: is it collapsing?"
+                tqdm.write(f"warning: step {self.step}: {told}", sys.stderr)
             with (self.config.output / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self._bar.set_postfix(loss=f"{read[0]:.3f}", data=f"{line['data_s'] / seconds:.0%}")
