@@ -16,6 +16,7 @@ from .arguments import (
 from .byol_parts import Forward, Target, both_ways, byol_head, of_views, target_of
 from .checkpoints import load_checkpoint, save_checkpoint
 from .dense_heads import at_points, categories_in_use, conv_head
+from .monitors import Monitor, classes_of, monitored, watched
 from .networks import (
     AllReduceBatchNorm,
     Pyramid,
@@ -43,6 +44,7 @@ __all__ = [
     "Cutout",
     "Forward",
     "Jitter",
+    "Monitor",
     "Norm",
     "OnOff",
     "PointLaw",
@@ -65,6 +67,7 @@ __all__ = [
     "check_norm",
     "choose_boxes",
     "conv_head",
+    "classes_of",
     "cosine_lr",
     "cosine_momentum",
     "flag",
@@ -75,6 +78,7 @@ __all__ = [
     "load_checkpoint",
     "make_trunk",
     "mlp",
+    "monitored",
     "move_teacher",
     "need_boxes",
     "of_views",
@@ -91,6 +95,7 @@ __all__ = [
     "start",
     "symmetrised",
     "target_of",
+    "watched",
     "weights_and_vectors",
     "with_norm",
 ]
