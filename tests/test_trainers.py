@@ -17,9 +17,9 @@ import geoaug
 from data_prep import make_scenes
 from geoaug import Key
 from tests import training
-from trainers import common, d3ssl, moco_v2, soco
+from trainers import byol, common, d3ssl, moco_v2, scrl, soco
 
-TRAINERS = {"moco_v2": moco_v2, "soco": soco, "d3ssl": d3ssl}
+TRAINERS = {"moco_v2": moco_v2, "soco": soco, "d3ssl": d3ssl, "byol": byol, "scrl": scrl}
 FPN = ("--form", "fpn", "--roi-size", "7")
 BIG = ("--size", "64", "--min-side", "4")  # views in which some proposals are seen
 
@@ -59,6 +59,10 @@ def _fresh_accelerate(monkeypatch):
     GradientState._reset_state()
 
 
+def big(method):
+    return BIG if hasattr(TRAINERS[method].Config, "min_side") else BIG[:2]
+
+
 def config_of(method, data, output, *more):
     trainer = TRAINERS[method]
     return common.parse(trainer.Config, trainer.PRESETS, training.command(method, data, output, *more))
@@ -93,7 +97,10 @@ def farthest(a, b):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[("moco_v2", 1), ("d3ssl", 2)], ids=["moco_v2, 1 process", "d3ssl, 2 processes"])
+WHOLE = [("moco_v2", 1), ("d3ssl", 2), ("scrl", 2)]
+
+
+@pytest.fixture(scope="module", params=WHOLE, ids=[f"{method}, {world} processes" for method, world in WHOLE])
 def whole(request, scenes, tmp_path_factory):
     """A run that nobody stops."""
     method, world = request.param
@@ -177,10 +184,17 @@ def test_two_processes_of_torchrun_are_one(broken, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "more"), [("soco", ("--lr", "0.1")), ("soco", ("--lr", "0.1", *FPN)), ("d3ssl", ())]
+    ("method", "more"),
+    [
+        ("soco", ("--lr", "0.1")),
+        ("soco", ("--lr", "0.1", *FPN)),
+        ("d3ssl", ()),
+        ("byol", ("--lr", "0.1")),
+        ("scrl", ("--lr", "0.1", "--on-fail", "drop", "--mean", "images")),
+    ],
 )
 def test_two_processes_are_one(method, more, broken, tmp_path):
-    more = (*BIG, "--max-steps", "2", *more)
+    more = (*big(method), "--max-steps", "2", *more)
     for world in (1, 2):
         command = training.command(method, broken, tmp_path / str(world), *more)
         assert training.train(method, command, tmp_path / "log", world=world) == [0] * world
@@ -198,7 +212,7 @@ def test_shuffled_batch_norm_runs_on_two_processes(method, scenes, tmp_path):
 @pytest.mark.parametrize("method", TRAINERS)
 def test_micro_batches_are_the_batch_where_the_norm_is_fixed(method, broken, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "prepare_model", lambda model, config, device: model.eval())
-    more = BIG[:2] if method == "moco_v2" else BIG
+    more = big(method)
     for parts in (1, 2):
         here(method, broken, tmp_path / str(parts), *more, "--max-steps", "3", "--accumulate", str(parts))
     near(tmp_path / "1", tmp_path / "2")
@@ -222,13 +236,22 @@ SWITCHES = {
         "--cutout none --regions grid --no-channels-last",
         "--regions free --precision bf16 --render device",
     ],
+    "byol": [
+        "--target copy --forward joint --accumulate 2",
+        "--crop 1 --norm batch --render device",
+    ],
+    "scrl": [
+        "--law uniform --jitter 0.2 --aligned off --mean images --accumulate 2",
+        "--max-iou 1 --on-fail drop --jitter inf --target copy --forward apart --precision bf16",
+        "--boxes 1 --crop 0.5 --norm batch --render device",
+    ],
 }
 
 
 @pytest.mark.usefixtures("_fresh_accelerate")
 @pytest.mark.parametrize(("method", "switches"), [(m, each) for m, every in SWITCHES.items() for each in every])
 def test_every_switch_runs_two_steps(method, switches, scenes, tmp_path):
-    more = BIG[:2] if method == "moco_v2" else BIG
+    more = big(method)
     lines = here(method, scenes, tmp_path / "run", *more, "--max-steps", "2", *switches.split())
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -262,11 +285,11 @@ def batches(scenes):
     return made
 
 
-MODELS = [("moco_v2", ()), ("soco", ()), ("soco", FPN), ("d3ssl", ())]
+MODELS = [("moco_v2", ()), ("soco", ()), ("soco", FPN), ("d3ssl", ()), ("byol", ()), ("scrl", ())]
 
 
 def model_and_inputs(method, batch, more=()):
-    config = config_of(method, Path("x"), Path("x"), *(BIG[:2] if method == "moco_v2" else BIG), *more)
+    config = config_of(method, Path("x"), Path("x"), *big(method), *more)
     torch.manual_seed(0)
     model = TRAINERS[method].Model(config)
     for module in model.modules():
@@ -281,6 +304,9 @@ def model_and_inputs(method, batch, more=()):
         regions = d3ssl.find_regions(batch, config)
         counts = torch.stack((regions.valid.sum(), regions.movable.sum())).float()
         return model, (batch, regions, counts)
+    if method == "scrl":
+        pairs = scrl.find_pairs(batch, config)
+        return model, (batch, pairs, pairs.valid.sum().float())
     return model, (batch, batch.ok.sum().float())
 
 
@@ -412,6 +438,12 @@ WRONG = [
     ("d3ssl", "--enqueue t1 --queue 48", "--queue must be a multiple of the 32 regions of a step, got 48"),
     ("d3ssl", "--proposals /no/such/store", "/no/such/store"),
     ("soco", "--boxes 0", "--boxes must be at least 1, got 0"),
+    ("byol", "--crop 0", "--crop must be in (0, 1], got 0.0"),
+    ("byol", "--monitor on", "--monitor on needs labels: images in subfolders of two classes at least, got 0"),
+    ("scrl", "--min-side 0", "--min-side must be over 0 and at most 31, got 0"),
+    ("scrl", "--min-side 32", "--min-side must be over 0 and at most 31, got 32"),
+    ("scrl", "--max-iou 1.5", "--max-iou must be over 0 and at most 1, got 1.5"),
+    ("scrl", "--jitter 1", "--jitter must be in [0, 1) or inf, got 1.0"),
 ]
 
 
@@ -440,7 +472,7 @@ def test_unknown_flags_and_values_are_refused(wrong, scenes, tmp_path, monkeypat
 @pytest.mark.parametrize("method", TRAINERS)
 def test_data_that_is_missing_or_has_no_boxes_is_told(method, scenes, tmp_path, monkeypatch, capsys):
     assert "--data must name a .beton" in refused(method, ["--cpu"], monkeypatch, capsys)
-    if method != "moco_v2":
+    if hasattr(TRAINERS[method].Config, "proposals"):
         folder = training.command(method, scenes.parent / "images", tmp_path / "run")
         assert "--data has no boxes: give --proposals STORE" in refused(method, folder, monkeypatch, capsys)
 

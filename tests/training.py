@@ -19,7 +19,13 @@ import torch
 
 TINY = ("--preset", "demo", "--cpu", "--size", "32", "--batch-size", "8", "--hidden", "32", "--log-every", "1",
         "--workers", "0")  # fmt: skip
-OF = {"moco_v2": ("--queue", "64"), "soco": ("--roi-size", "4"), "d3ssl": ("--queue", "256", "--roi-size", "4")}
+OF = {
+    "moco_v2": ("--queue", "64"),
+    "soco": ("--roi-size", "4"),
+    "d3ssl": ("--queue", "256", "--roi-size", "4"),
+    "byol": (),
+    "scrl": ("--min-side", "8"),
+}
 PATIENCE = 120  # seconds after which a process counts as hung
 OF |= {
     "simsiam": ("--dim", "32", "--bottleneck", "8"),
@@ -27,7 +33,7 @@ OF |= {
 }
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["trainers.moco_v2", "trainers.soco", "trainers.d3ssl"])
+_server.set_forkserver_preload([f"trainers.{method}" for method in OF])
 
 
 def command(method: str, data: Path, output: Path, *more: str) -> list[str]:
