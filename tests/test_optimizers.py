@@ -53,6 +53,22 @@ def test_lars_against_the_loop():
             assert ours.flatten().tolist() == pytest.approx(loop["values"], rel=1e-9, abs=1e-12)
 
 
+def test_lars_by_hand():
+    """Two steps of rate 2, momentum 0.9, eta 0.1 and decay 0.5, worked out on paper."""
+    matrix, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([1.0]))
+    optimizer = LARS(common.weights_and_vectors([matrix, bias], weight_decay=0.5), lr=2.0, momentum=0.9, eta=0.1)
+    # With decay the gradient is (0.6, 0.8), of length 1; the matrix is 5 long: times 0.5. The bias moves by 2 * 0.5.
+    matrix.grad, bias.grad = torch.tensor([[-0.9, -1.2]]), torch.tensor([0.5])
+    optimizer.step()
+    assert matrix.tolist() == [pytest.approx([2.4, 3.2])]
+    assert bias.tolist() == pytest.approx([0.0])
+    # (0, 2), of length 2, on a matrix 4 long: times 0.2, so (0, 0.4); the velocity is 0.9 * (0.3, 0.4) + (0, 0.4).
+    matrix.grad, bias.grad = torch.tensor([[-1.2, 0.4]]), torch.tensor([0.5])
+    optimizer.step()
+    assert matrix.tolist() == [pytest.approx([1.86, 1.68])]
+    assert bias.tolist() == pytest.approx([-1.9])
+
+
 def test_lars_leaves_out_what_has_no_gradient_and_goes_on_from_its_state():
     one, two = net(), net()
     data = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
