@@ -130,7 +130,10 @@ def main(config: Config) -> None:
     groups = common.weights_and_vectors(model.parameters(), weight_decay=config.weight_decay)
     model, optimizer = accelerator.prepare(model, common.LARS(groups, config.lr))
     bare, peak = accelerator.unwrap_model(model), config.lr * config.batch_size / 256
-    run = common.Run(config, accelerator, loader, model=model, optimizer=optimizer, backbone="student.trunk.")
+    run = common.Run(
+        config, accelerator, loader, model=model, optimizer=optimizer, backbone="student.trunk.",
+        floors=common.SPREAD_FLOORS,
+    )  # fmt: skip
     warmup = int(config.warmup_epochs * len(loader))
     with loader, run:
         for step, batch in run.batches():
