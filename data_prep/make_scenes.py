@@ -25,9 +25,9 @@ import numpy as np
 from PIL import Image
 
 from data_prep.coco_rle import rle_of
-from data_prep.scene_layout import NAMES, SceneSpec, make_scene
+from data_prep.scene_layout import LARGEST, NAMES, SMALLEST, SceneSpec, make_scene
 
-VERSION = 1  # raised when the same arguments start to give other bytes
+VERSION = 2  # raised when the same arguments start to give other bytes
 OUR_IMAGE = re.compile(r"\d{6}\.jpg(\.part)?")  # the names this script gives, and so the only ones it deletes
 
 
@@ -171,13 +171,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=_whole_number(96, 2048), default=320, help="longer side in pixels (320); ratios are 3:4 to 4:3"
     )
+    parser.add_argument(
+        "--usual-colors",
+        action="store_true",
+        help="give each class a hue of its own, an easier set; else colours tell nothing",
+    )
     parser.add_argument("--seed", type=_whole_number(0, 2**32 - 1), default=0, help="another seed, other scenes (0)")
     parser.add_argument("--quality", type=_whole_number(50, 100), default=90, help="JPEG quality (90)")
     parser.add_argument("--no-cooccurrence", action="store_true", help="draw every object's class alike")
     parser.add_argument("--no-position-prior", action="store_true", help="put the objects of every class anywhere")
     parser.add_argument(
-        "--objects", type=_whole_number(1, 12), nargs=2, default=(3, 12), metavar=("FEWEST", "MOST"),
+        "--objects",
+        type=_whole_number(1, 12),
+        nargs=2,
+        default=(3, 12),
+        metavar=("FEWEST", "MOST"),
         help="objects of an image (3 12); fewer are larger",
+    )
+    parser.add_argument(
+        "--radius", type=float, nargs=2, default=(SMALLEST, LARGEST), metavar=("SMALLEST", "LARGEST"),
+        help="of an object, in shares of the longer side (0.065 0.21)",
     )  # fmt: skip
     parser.add_argument("--workers", type=_whole_number(1, 256), default=None, help="processes (one a core)")
     parser.add_argument("--overwrite", action="store_true", help="replace what other arguments wrote to --out")
@@ -190,7 +203,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.objects[0] > args.objects[1]:
         parser.error(f"--objects must be FEWEST and MOST, got {args.objects[0]} {args.objects[1]}")
-    spec = SceneSpec(args.seed, args.size, not args.no_cooccurrence, not args.no_position_prior, *args.objects)
+    if not 0.01 <= args.radius[0] <= args.radius[1] <= 0.5:
+        parser.error(
+            f"--radius must be SMALLEST and LARGEST within 0.01 and 0.5, got {args.radius[0]} {args.radius[1]}"
+        )
+    spec = SceneSpec(
+        args.seed,
+        args.size,
+        not args.no_cooccurrence,
+        not args.no_position_prior,
+        *args.objects,
+        *args.radius,
+        args.usual_colors,
+    )
     manifest = {
         "made_by": "make_scenes",
         "version": VERSION,

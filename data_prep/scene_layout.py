@@ -1,10 +1,12 @@
 """One procedural scene from (seed, index): which objects, where, how large, turned, lit and coloured.
 
 A class is a silhouette with a texture; each silhouette and each texture belongs to two classes, so neither alone tells
-the class, and colours are drawn afresh for each object, so they tell nothing. Two biases are laid in on purpose and can
-be switched off: classes of one context meet in one image more often than chance, and classes have a usual place.
+the class, and colours are drawn afresh for each object, so they tell nothing, or on demand around a hue of its class,
+which makes an easier set. Two biases are laid in on purpose and can be switched off: classes of one context meet in one
+image more often than chance, and classes have a usual place.
 """
 
+import colorsys
 import functools
 import math
 from dataclasses import dataclass
@@ -45,6 +47,8 @@ MIN_VISIBLE = 0.35  # each object shows at least this share of its silhouette; n
 MIN_INSIDE = 0.55  # and this share of it lies inside the image
 MIN_PIXELS = 48  # at --size 320, scaled with the area
 MIN_OBJECTS, MAX_OBJECTS = 3, 12
+SMALLEST, LARGEST = 0.065, 0.21  # radius of an object in shares of the longer side, before its number is looked at
+HUE_STD = 0.02  # of a usual colour, in turns of the hue circle
 ATTEMPTS = 60  # places tried for one object, shrinking as they fail
 
 
@@ -58,6 +62,9 @@ class SceneSpec:
     position_prior: bool = True
     fewest: int = MIN_OBJECTS  # objects of an image
     most: int = MAX_OBJECTS
+    smallest: float = SMALLEST
+    largest: float = LARGEST
+    usual_colors: bool = False  # each class has a hue of its own, as lemons have
 
 
 class Scene(NamedTuple):
@@ -113,6 +120,14 @@ def _two_colors(rng: np.random.Generator) -> np.ndarray:
     return np.clip(colors, 10, 245)
 
 
+def _usual_colors(rng: np.random.Generator, chosen: int) -> np.ndarray:
+    """A dark and a bright colour float64 [2, 3] around a class's own hue; classes of one shape or texture lie apart."""
+    hues, full = chosen * 7 / len(NAMES) + rng.normal(0, HUE_STD, 2), rng.uniform(0.45, 0.9, 2)
+    bright = rng.uniform((0.2, 0.6), (0.5, 0.95))
+    colors = [colorsys.hsv_to_rgb(hues[i] % 1.0, full[i], bright[i]) for i in rng.permutation(2)]
+    return np.clip(255.0 * np.array(colors), 10, 245)
+
+
 def _draw_pose(rng: np.random.Generator, x: float, y: float, radius: float, spread: float) -> np.ndarray:
     """Centre, matrix from pixels to the object's frame (turned, mirrored, foreshortened) and pixels per unit."""
     turn, axis, squeeze, mirror = rng.normal(0, spread), rng.uniform(0, math.pi), rng.uniform(0.68, 1), rng.random()
@@ -166,11 +181,11 @@ class _Canvas:
         scene_shapes.fill_distances(patch, x0, y0, kind, pose, proportions)
         return patch, x0, y0
 
-    def paint(self, rng: np.random.Generator, label: int, patch: tuple, pose: np.ndarray, surface: np.ndarray) -> None:
+    def paint(self, colors: np.ndarray, label: int, patch: tuple, pose: np.ndarray, surface: np.ndarray) -> None:
         """One object (label > 0) or piece of clutter (0) on top of what is there."""
         shadow = np.array([max(0.14 * pose[6], 1.5), self.shadow])
         scene_paint.paint_object(
-            self.image, self.labels, label, *patch, pose, surface, _two_colors(rng), self.light, shadow, self.table
+            self.image, self.labels, label, *patch, pose, surface, colors, self.light, shadow, self.table
         )
 
 
@@ -184,7 +199,7 @@ def _paint_clutter(canvas: _Canvas, rng: np.random.Generator, longer: int) -> No
         textured = kind == BLOB and rng.random() < 0.5
         surface = _draw_surface(rng, int(rng.integers(len(TEXTURES))) if textured else PLAIN, radius)
         patch = canvas.distances(kind, pose, radius, np.array([*rng.random(2), 0.0]))
-        canvas.paint(rng, 0, patch, pose, surface)
+        canvas.paint(_two_colors(rng), 0, patch, pose, surface)
 
 
 def make_scene(index: int, spec: SceneSpec) -> Scene:
@@ -204,7 +219,8 @@ def make_scene(index: int, spec: SceneSpec) -> Scene:
             break
         chosen, label = _draw_class(rng, context, spec.cooccurrence), len(classes) + 1
         shape, texture = _class_parts(chosen)
-        largest = spec.size * math.exp(rng.uniform(math.log(0.065), math.log(0.21))) * (1.35 - 0.035 * wanted)
+        radius = math.exp(rng.uniform(math.log(spec.smallest), math.log(spec.largest)))
+        largest = spec.size * radius * (1.35 - 0.035 * wanted)
         proportions = np.array([*rng.random(2), rng.uniform(-0.3, 0.3)])
         for attempt in range(ATTEMPTS):
             radius = max(largest * min(1.0, 1.3 - 0.03 * attempt), 0.05 * spec.size)
@@ -216,7 +232,9 @@ def make_scene(index: int, spec: SceneSpec) -> Scene:
             if counts.sum() < max(MIN_INSIDE * total, least):
                 continue
             if np.all(left[1:label] >= np.maximum(MIN_VISIBLE * full[1:label], least)):
-                canvas.paint(rng, label, patch, pose, _draw_surface(rng, texture, radius))
+                surface = _draw_surface(rng, texture, radius)
+                colors = _usual_colors(rng, chosen) if spec.usual_colors else _two_colors(rng)
+                canvas.paint(colors, label, patch, pose, surface)
                 full[label], seen[1:label] = total, left[1:label]
                 seen[label] = counts.sum()
                 classes.append(chosen)

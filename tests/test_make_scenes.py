@@ -235,19 +235,40 @@ def test_a_failed_image_is_counted_and_leaves_no_json(tmp_path: Path, capsys: py
     assert not list((tmp_path / "images").glob("*.part"))
 
 
-def test_colours_tell_nothing_of_the_class_and_classes_are_equally_frequent() -> None:
-    """Nearest class mean of an object's mean colour, over images not used for the means: near one in sixteen."""
+def _named_by_colour(spec: SceneSpec) -> tuple[float, np.ndarray]:
+    """Share of objects named by the nearest class mean of their mean colour, over other images; objects a class."""
     colors, classes = [], []
     for i in range(150):
-        scene = make_scene(i, SceneSpec(1, SIZE))
+        scene = make_scene(i, spec)
         colors += [scene.image[scene.labels == label].mean(0) for label in range(1, len(scene.classes) + 1)]
         classes += scene.classes
     points, labels = np.stack(colors), np.array(classes)
     half = len(labels) // 2
     means = np.stack([points[:half][labels[:half] == c].mean(0) for c in range(len(NAMES))])
     guess = np.linalg.norm(points[half:, None] - means, axis=2).argmin(1)
-    assert (guess == labels[half:]).mean() < 0.12
-    assert np.bincount(labels, minlength=len(NAMES)).min() > 0.5 * len(labels) / len(NAMES)
+    return (guess == labels[half:]).mean(), np.bincount(labels, minlength=len(NAMES))
+
+
+def test_colours_tell_nothing_of_the_class_and_classes_are_equally_frequent() -> None:
+    share, counts = _named_by_colour(SceneSpec(1, SIZE))
+    assert share < 0.12  # near one in sixteen
+    assert counts.min() > 0.5 * counts.sum() / len(NAMES)
+
+
+def test_usual_colours_tell_much_of_the_class_and_change_nothing_else() -> None:
+    usual = SceneSpec(1, SIZE, usual_colors=True)
+    share, _ = _named_by_colour(usual)
+    assert 0.3 < share < 0.9
+    assert make_scene(0, usual).classes[:1] == make_scene(0, SceneSpec(1, SIZE)).classes[:1]
+
+
+def test_objects_are_as_large_as_asked_for():
+    def largest(*radius: float) -> float:
+        areas = [np.bincount(make_scene(i, SceneSpec(0, SIZE, True, True, 1, 1, *radius)).labels.ravel())[1:].max()
+                 for i in range(40)]  # fmt: skip
+        return float(np.median(areas))
+
+    assert 2 < largest(0.2, 0.25) / largest(0.1, 0.125) < 5  # 4, less what image borders cut off
 
 
 def test_the_number_of_objects_is_as_asked_for():
@@ -256,9 +277,10 @@ def test_the_number_of_objects_is_as_asked_for():
     assert counts == {1, 2, 3}
 
 
-def test_more_objects_at_least_than_at_most_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("wrong", [("--objects", "3", "2"), ("--radius", "0.2", "0.1"), ("--radius", "nan", "0.1")])
+def test_more_at_least_than_at_most_is_refused(wrong, tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
-        make_scenes.main(["--out", str(tmp_path / "scenes"), "--images", "1", "--objects", "3", "2"])
+        make_scenes.main(["--out", str(tmp_path / "scenes"), "--images", "1", *wrong])
     assert refused.value.code == 2
-    assert "--objects" in capsys.readouterr().err
+    assert wrong[0] in capsys.readouterr().err
     assert not (tmp_path / "scenes").exists()

@@ -12,6 +12,7 @@ from trainers import common
 from trainers.networks import ARCHES
 
 CHANNELS = {
+    "resnet10-tiny": (16, 16, 32, 64, 128),
     "resnet10-narrow": (64, 32, 64, 128, 256),
     "resnet10": (64, 64, 128, 256, 512),
     "resnet18": (64, 64, 128, 256, 512),
@@ -40,8 +41,10 @@ def test_stages_have_their_strides_and_widths(arch):
         trunk = common.Trunk(arch)
         assert tuple(trunk.channels.values()) == CHANNELS[arch]
         maps = trunk.maps(torch.zeros(2, 3, 64, 96))
+        strides = [common.stride(arch, stage) for stage in trunk.stages]
+        assert strides == ([2, 2, 4, 8, 16] if arch == "resnet10-tiny" else [4, 4, 8, 16, 32])
         assert [list(m.shape) for m in maps] == [
-            [2, c, 64 // s, 96 // s] for c, s in zip(CHANNELS[arch], (4, 4, 8, 16, 32), strict=True)
+            [2, c, 64 // s, 96 // s] for c, s in zip(CHANNELS[arch], strides, strict=True)
         ]
         for i, stage in enumerate(trunk.stages):
             assert len(trunk.maps(torch.zeros(2, 3, 32, 32), stage)) == i + 1

@@ -18,8 +18,9 @@ from accelerate.utils import GradientAccumulationPlugin
 import geoaug
 from geoaug.loading.loader import Loader
 
-# resnet10 is ours: one basic block a stage; resnet10-narrow has half the channels, for runs on a laptop.
-ARCHES = ("resnet10-narrow", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101")
+# resnet10 is ours: one basic block a stage; resnet10-narrow has half the channels, for runs on a laptop, and -tiny a
+# quarter at half the strides, for small pictures.
+ARCHES = ("resnet10-tiny", "resnet10-narrow", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101")
 Norm = Literal["sync", "batch", "shuffle"]
 
 # The least value of each number that a run or a trainer may have.
@@ -59,7 +60,7 @@ class RunConfig:
     accumulate: int = 1
     """Micro-batches per step. Batch norm's statistics are per micro-batch."""
     arch: str = "resnet50"
-    """resnet10-narrow, resnet10, 18, 34, 50 or 101."""
+    """resnet10-tiny, resnet10-narrow, resnet10, 18, 34, 50 or 101."""
     init: str = "none"
     """Backbone to start from: a run folder, a .pth or .safetensors with torchvision's names, or none."""
     size: int = 224

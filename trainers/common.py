@@ -27,6 +27,7 @@ from .networks import (
     region_head,
     shuffled,
     spread,
+    stride,
     with_norm,
 )
 from .optimizers import LARS, Queue, cosine_lr, cosine_momentum, frozen, move_teacher, set_lr, weights_and_vectors
@@ -93,6 +94,7 @@ __all__ = [
     "siamese_groups",
     "spread",
     "start",
+    "stride",
     "symmetrised",
     "target_of",
     "watched",

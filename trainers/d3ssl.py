@@ -169,7 +169,7 @@ def augment(batch: geoaug.Batch, regions: Regions, config: Config) -> Views:
         slots = torch.arange(config.boxes, device=made.boxes.device).expand_as(made.valid)
         slots = torch.where(made.valid, slots, made.valid.int().argmax(1, keepdim=True))
         x3, reads["x3"] = made.images, made.boxes.gather(1, slots[..., None].expand(-1, -1, 4))
-        cell = 16  # pixels of a C4 cell
+        cell = common.stride(config.arch, "c4")
         moved = regions.movable.any(1)
         farthest = made.shift.abs().amax(1)
         share = moved.float().sum().clamp_min(1)

@@ -21,12 +21,41 @@ from .arguments import ARCHES, Norm, RunConfig, UsageError
 class _Narrow(ResNet):
     """A ResNet whose stages have half their channels."""
 
+    share = 2
+
     def _make_layer(self, block: Any, planes: int, *others: Any, **more: Any) -> nn.Sequential:
-        return super()._make_layer(block, planes // 2, *others, **more)
+        return super()._make_layer(block, planes // self.share, *others, **more)
+
+
+class _Tiny(_Narrow):
+    """A quarter of the channels and, for small pictures, a 3x3 stem without pooling: every stage at half the stride."""
+
+    share = 4
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1, self.maxpool = nn.BatchNorm2d(16), nn.Identity()
+
+    def _make_layer(self, block: Any, planes: int, *others: Any, **more: Any) -> nn.Sequential:
+        if planes == 64:
+            self.inplanes = 16
+        return super()._make_layer(block, planes, *others, **more)
+
+
+def stride(arch: str, stage: str) -> int:
+    """Pixels of a view per cell of a stage's map.
+
+    >>> stride("resnet50", "c5"), stride("resnet10-tiny", "c5")
+    (32, 16)
+    """
+    whole = dict(zip(Trunk.stages, (4, 4, 8, 16, 32), strict=True))[stage]
+    return whole // 2 if arch == "resnet10-tiny" else whole
 
 
 class Trunk(nn.Module):
-    """A ResNet without its classifier, cut at its stages: `stem`, C2 to C5 at strides 4, 4, 8, 16 and 32.
+    """A ResNet without its classifier, cut at its stages: `stem` and C2 to C5, at the strides that `stride` tells.
 
     >>> c2, c3, c4 = Trunk("resnet18").maps(torch.zeros(2, 3, 64, 64), "c4")[-3:]
     >>> c4.shape
@@ -39,15 +68,16 @@ class Trunk(nn.Module):
         super().__init__()
         if arch not in ARCHES:
             raise ValueError(f"Trunk: arch must be one of {', '.join(ARCHES)}, got {arch!r}")
-        if arch in ("resnet10", "resnet10-narrow"):
-            net = (_Narrow if arch == "resnet10-narrow" else ResNet)(BasicBlock, [1] * 4, zero_init_residual=zero_init)
+        if arch in ("resnet10", "resnet10-narrow", "resnet10-tiny"):
+            kind = {"resnet10": ResNet, "resnet10-narrow": _Narrow, "resnet10-tiny": _Tiny}[arch]
+            net = kind(BasicBlock, [1] * 4, zero_init_residual=zero_init)
         else:
             net = getattr(torchvision.models, arch)(weights=None, zero_init_residual=zero_init)
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         last = [layer[-1] for layer in (net.layer1, net.layer2, net.layer3, net.layer4)]
         wide = [(block.bn3 if isinstance(block, Bottleneck) else block.bn2).num_features for block in last]
-        self.channels = dict(zip(self.stages, (64, *wide), strict=True))
+        self.channels = dict(zip(self.stages, (net.conv1.out_channels, *wide), strict=True))
 
     @property
     def stride(self) -> int:
