@@ -14,8 +14,10 @@ for example in two_views boxes_and_regions region_composites; do
     "$PYTHON" examples/$example.py --out "$OUT"
 done
 "$PYTHON" examples/in_your_own_code.py
-say "scenes; no label of theirs is used below"
-"$PYTHON" data_prep/make_scenes.py --out "$OUT/scenes" --images 600 --size 224 --objects 1 3
+say "scenes: 2,000 to train on without their labels, 600 others to ask about"
+set -- --size 224 --objects 1 3 --radius 0.13 0.26 --usual-colors
+"$PYTHON" data_prep/make_scenes.py --out "$OUT/scenes" --images 2000 "$@"
+"$PYTHON" data_prep/make_scenes.py --out "$OUT/new-scenes" --images 600 --seed 1 "$@"
 say "proposals by selective search"
 "$PYTHON" data_prep/selective_search.py "$OUT/scenes/images" --out "$OUT/proposals" --preset d3ssl
 say "what D3SSL's recipe does to these images"
@@ -30,8 +32,24 @@ else
     say "FFCV is not there, so the folder is read instead of a .beton"
     set -- --data "$OUT/scenes/images" --proposals "$OUT/proposals"
 fi
-say "D3SSL for 100 steps: to see it run, too short to learn what an object is"
-"$PYTHON" trainers/d3ssl.py "$@" --preset demo --output "$OUT/d3ssl" --max-steps 100
+say "D3SSL, eight epochs"
+"$PYTHON" trainers/d3ssl.py "$@" --preset demo --output "$OUT/d3ssl"
+say "what the backbone has learnt, beside one that never saw an image"
+measure() { # name, task, more flags
+    name=$1 task=$2
+    shift 2
+    for side in random trained; do
+        weights=random
+        [ $side = random ] || weights="$OUT/d3ssl"
+        "$PYTHON" trainers/evaluate.py "$task" --weights "$weights" --arch resnet10-tiny --size 128 --tile 64 \
+            --data "$OUT/new-scenes/instances.json" --count 400 --out "$OUT/scores/$side-$name.json" "$@" | tail -n 1
+    done
+}
+measure object-knn object-knn --bank "$OUT/scenes/instances.json"
+measure object-knn-c3 object-knn --layer c3 --bank "$OUT/scenes/instances.json"
+measure disturbed-knn disturbed-knn --bank "$OUT/scenes/instances.json"
+measure coupling-rate coupling-rate
+measure position-similarity position-similarity
 "$PYTHON" trainers/report.py --run "$OUT/d3ssl" --data "$OUT/scenes/images" --proposals "$OUT/proposals" \
-    --out "$OUT/report.html"
+    --scores "$OUT/scores" --out "$OUT/report.html"
 say "done: open $OUT/report.html and $OUT/inspect/inspect.html"

@@ -87,8 +87,8 @@ PRESETS = {
     "openimage-mini-800ep": Config(output=Path("runs/d3ssl-openimage-mini")),
     "coco-200ep-ablation": Config(epochs=200, output=Path("runs/d3ssl-200ep")),
     "demo": Config(
-        output=Path("runs/demo/d3ssl"), epochs=12, batch_size=32, arch="resnet10-narrow", size=96, min_side=12.0,
-        hidden=512, roi_size=4, queue=2048, ema=0.99, lr=0.2, warmup_epochs=1.0, log_every=5, save_every=200,
+        output=Path("runs/demo/d3ssl"), epochs=8, batch_size=32, arch="resnet10-tiny", size=64, min_side=8.0,
+        hidden=256, roi_size=4, queue=2048, ema=0.99, lr=0.4, warmup_epochs=0.5, log_every=5, save_every=200,
     ),
 }  # fmt: skip
 

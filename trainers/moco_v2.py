@@ -48,8 +48,8 @@ PRESETS = {
     "openimage-mini-800ep": Config(lr=0.3, output=Path("runs/moco_v2-openimage-mini")),
     "imagenet-200ep": Config(epochs=200, output=Path("runs/moco_v2-imagenet")),
     "demo": Config(
-        output=Path("runs/demo/moco_v2"), epochs=8, batch_size=64, arch="resnet10", size=96, hidden=512, queue=1024,
-        ema=0.99, lr=0.2, warmup_epochs=0.5, log_every=5, save_every=200,
+        output=Path("runs/demo/moco_v2"), epochs=8, batch_size=32, arch="resnet10-tiny", size=64, hidden=256,
+        queue=1024, ema=0.99, lr=0.4, warmup_epochs=0.5, log_every=5, save_every=200,
     ),
 }  # fmt: skip
 

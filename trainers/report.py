@@ -22,8 +22,9 @@ from geoaug import composite_pages, recipes, viz
 from trainers import common
 
 MEANING = """\
-object k-NN           Each object of held-out images is named by its 20 nearest objects of other images; nothing is
-                      trained for it. Higher is better; chance is the share of the largest class.
+object k-NN           Each object of new images, never trained on, is named by its 20 nearest objects of the images
+                      trained on, whose labels training did not see. Higher is better; always naming the largest class
+                      gives its share. C3 is an earlier layer: more of it is there before any training.
 disturbed k-NN        The same with everything outside the objects replaced by another image: what is lost here was
                       read off the surroundings.
 coupling rate         How far an object's features change when another stands beside it. 1 is ideal.
@@ -53,7 +54,7 @@ class Config:
     data: Path
     """The images the views are shown on."""
     scores: Path | None = None
-    """A folder of evaluate.py's JSON files, trained-TASK.json and random-TASK.json of all four tasks."""
+    """A folder of evaluate.py's files trained-X.json and random-X.json, X each of the four tasks and object-knn-c3."""
     proposals: Path | None = None
     out: Path = Path("runs/demo/report.html")
 
@@ -89,7 +90,12 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
     """The measures of the trained and of the random backbone, side by side."""
     columns = ("random", "trained")
     rows: list[tuple[str, list[str]]] = []
-    for task, title in (("object-knn", "object k-NN"), ("disturbed-knn", "disturbed k-NN")):
+    knn_tasks = (
+        ("object-knn", "object k-NN"),
+        ("object-knn-c3", "object k-NN, C3"),
+        ("disturbed-knn", "disturbed k-NN"),
+    )
+    for task, title in knn_tasks:
         for top in ("top1", "top5"):
             found = [next(iter(scores[f"{column}-{task}"]["k"].values()))[top] for column in columns]
             rows.append((f"{title}, Top-{top[-1]}", [f"{100 * x:.1f} %" for x in found]))

@@ -81,8 +81,8 @@ PRESETS = {
     "fpn-100ep": Config(epochs=100, cutout="square", output=Path("runs/soco-fpn"), **_FPN),
     "fpn-400ep": Config(epochs=400, output=Path("runs/soco-fpn"), **_FPN),
     "demo": Config(
-        output=Path("runs/demo/soco"), epochs=8, batch_size=64, arch="resnet10", size=96, hidden=512, roi_size=6,
-        min_side=6.0, lr=4.0, warmup_epochs=1.0, log_every=5, save_every=200,
+        output=Path("runs/demo/soco"), epochs=8, batch_size=32, arch="resnet10-tiny", size=64, hidden=256, roi_size=4,
+        min_side=4.0, lr=4.0, warmup_epochs=1.0, log_every=5, save_every=200,
     ),
 }  # fmt: skip
 
