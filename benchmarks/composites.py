@@ -9,6 +9,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +34,28 @@ DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float
 
 
 def operators(images: Tensor, given: Tensor, valid: Tensor, key: Key) -> dict[str, Callable[[], object]]:
-    """What D3SSL does to a batch, one by one and together; draws come from a key on the CPU."""
-    rows = block_derangement(key).to(images.device)
-    single = {
+    """What D3SSL does to a batch, one by one and together; draws come from a key on the CPU.
+
+    The composite is written to fresh memory, and to a buffer that the caller keeps from step to step.
+    """
+    rows, kept = block_derangement(key).to(images.device), torch.empty_like(images)
+    masks = {
         "PRC": lambda: cutout_masks(given, valid, SIZE, key=key.fold("a")),
         "PRM": lambda: window_masks(given, valid, SIZE, key=key.fold("b")),
         "RBJ": lambda: jitter_boxes(given, key=key.fold("c")),
-        "composite": lambda: shift_composite(images, given, valid, rows, key=key.fold("d")),
     }
-    return {**single, "together": lambda: [operator() for operator in single.values()]}
+    pasted = {
+        "composite": lambda: shift_composite(images, given, valid, rows, key=key.fold("d")),
+        "composite, out=": lambda: shift_composite(images, given, valid, rows, key=key.fold("d"), out=kept),
+    }
+    together = {name.replace("composite", "together"): partial(_all, [*masks.values(), last])
+                for name, last in pasted.items()}  # fmt: skip
+    return {**masks, **pasted, **together}
+
+
+def _all(functions: list[Callable[[], object]]) -> None:
+    for function in functions:
+        function()
 
 
 def loop(image: list, given: list, key: Key) -> None:
@@ -73,7 +87,7 @@ def timings(batch: int, runs: int, device: str) -> tuple[list[tuple[str, str]], 
         if device != "cpu":
             found = {n: lambda f=f: (f(), torch.cuda.synchronize()) for n, f in found.items()}
         seconds = raw[f"{device} {name}"] = alternate(found, runs)
-        own = seconds if name == "uint8" else {n: seconds[n] for n in ("composite", "together")}
+        own = {n: s for n, s in seconds.items() if name == "uint8" or n.startswith(("composite", "together"))}
         rows += [(f"{n}, B = {batch}, {name}, {device} (ms)", spread(values)) for n, values in own.items()]
     return rows, raw
 

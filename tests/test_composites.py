@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from geoaug import AxisAffine, Key, boxes
+from geoaug.pixels import cutout as cutting
 from geoaug.pixels import paste as pasting
+from geoaug.pixels import rectangles
 from geoaug.pixels.composites import (
     JITTER_LAWS,
     Composite,
@@ -328,6 +330,30 @@ def test_a_mask_on_the_result_is_one_moved_before():
     assert torch.equal(paste(images, mask, rows, shift), paste(images, mask, images, shift))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=str)
+def test_paste_writes_where_it_is_told_even_onto_what_it_reads(dtype):
+    g, n = np.random.default_rng(3), 12
+    images, others = pictures(n, 9, 11, dtype), pictures(n, 9, 11, dtype, seed=1)
+    mask = torch.from_numpy(g.random((n, 9, 11)) < 0.5)
+    shift = torch.from_numpy(np.stack((g.integers(-3, 4, n), np.arange(n) % 5 - 2), axis=1))  # up, down and level
+    assert ((shift[:, 0] > 0) & (shift[:, 1] == 0)).any()
+    fill = torch.arange(n).masked_fill(torch.arange(n) % 3 == 0, -1)
+    for rows, moved in itertools.product((torch.arange(n), fill, torch.from_numpy(g.integers(-1, n, n))), (True, False)):
+        ways = {"rows": rows, "fill": 7, "moved": moved}
+        expected = paste(images, mask, others, shift, **ways)
+        alone, front, back = torch.empty_like(images), images.clone(), others.clone()
+        for out, (a, b) in ((alone, (images, others)), (front, (front, others)), (back, (images, back))):
+            assert paste(a, mask, b, shift, **ways, out=out) is out
+            assert torch.equal(out, expected)
+        memory = torch.cat((images, torch.zeros_like(images)))  # the result lies half over the images
+        assert torch.equal(paste(memory[:n], mask, others, shift, **ways, out=memory[5 : n + 5]), expected)
+        own = images.clone()  # backgrounds that are overwritten before they are read
+        assert torch.equal(paste(own, mask, own, shift, **ways, out=own), paste(images, mask, images, shift, **ways))
+        front, back = images.clone(), others.clone()
+        for out, (a, b) in ((front, (front, others)), (back, (images, back))):
+            assert torch.equal(pasting.on_device(a, mask, b, rows, shift, moved, 7.0, out), expected)
+
+
 def test_paste_takes_what_is_not_contiguous_and_no_backgrounds_at_all():
     images = pictures(4, 5, 7).permute(0, 1, 3, 2)
     mask, shift = torch.ones(4, 7, 5, dtype=torch.bool), torch.ones(4, 2, dtype=torch.int64)
@@ -425,6 +451,16 @@ def test_the_cut_is_that_of_the_moved_boxes():
     torch.testing.assert_close(moved, out.boxes)
 
 
+def test_a_composite_takes_the_place_of_its_foreground():
+    given_boxes, valid = scene(8, 3)
+    key, images, others = key_of(8), pictures(8, 40, 53), pictures(8, 40, 53, seed=1)
+    expected = shift_composite(images, given_boxes, valid, others, key=key, rows=block_derangement(key))
+    out = shift_composite(images, given_boxes, valid, others, key=key, rows=block_derangement(key), out=images)
+    assert out.images is images
+    for name in Composite.__dataclass_fields__:
+        assert torch.equal(getattr(out, name), getattr(expected, name)), name
+
+
 def test_room_is_made_by_dropping_the_largest_first():
     size = (100, 100)
     three = torch.tensor([[[0.0, 0.0, 0.2, 0.2], [0.0, 0.1, 0.9, 0.9], [0.5, 0.5, 0.7, 0.7]]])
@@ -440,6 +476,46 @@ def test_room_is_made_by_dropping_the_largest_first():
     assert still.shift.tolist() == [[0, 0]]
     assert still.foreground.tolist() == [1.0]
     assert still.visible.item() == pytest.approx(1 / 1.2 / 1.3)
+
+
+# --- what runs on a CPU is what runs on a device ---
+
+
+@pytest.mark.parametrize(("clip", "restore"), WAYS)
+@pytest.mark.parametrize("size", [*SIZES, (70, 200)])
+def test_the_turns_of_a_cpu_are_those_of_a_device(size, clip, restore):
+    for slots in (0, 1, 4, 9):
+        given_boxes, valid = scene(40, slots, seed=slots)
+        plan = draw_cutouts(given_boxes, valid, size, key=key_of(40), ratio=(0.1, 0.6), clip=clip, restore=restore)
+        u = key_of(40).uniform("cutout", 3 * slots).view(40, slots, 3)
+        torch_s = cutting.turns_on_device(plan.boxes, u, size, (0.1, 0.6), clip, restore, (0.8, 1.2, 0.5))
+        for name in ("ratio", "order", "events", "restored", "cuts"):
+            assert torch.equal(getattr(plan, name), getattr(torch_s, name)), name
+
+
+@pytest.mark.parametrize("size", [*SIZES, (70, 200)])
+def test_masks_and_counts_of_a_cpu_are_those_of_a_device(size):
+    g = np.random.default_rng(1)
+    for many in (0, 1, 3, 9, 20):
+        corners = g.integers(0, np.array(size[::-1]) + 1, (30, many, 2, 2))
+        rects = torch.from_numpy(np.concatenate((corners.min(2), corners.max(2)), axis=-1))
+        rects[(rects[..., 2:] == rects[..., :2]).any(-1)] = 0  # as `whole` has it
+        events, within = rects, rects.flip(1)[:, : many // 2 + 1]
+        boxes_there = torch.cat((rects[:, :2], torch.tensor([0, 0, *size[::-1]]).expand(30, 1, 4)), dim=1)
+        for part in (None, within, rects[:, :0]):
+            mask = rectangles.drawn(events, size, within=part)
+            assert torch.equal(mask, rectangles.drawn_on_device(events, size, within=part))
+            counts = rectangles.count_uncut(events, boxes_there, within=part)
+            assert torch.equal(counts, rectangles.count_uncut_on_device(events, boxes_there, within=part))
+            assert torch.equal(counts[:, -1], mask.sum((1, 2)))
+            slow = torch.ones(30, *size, dtype=torch.bool)
+            inside = torch.zeros_like(slow) if part is not None else slow.clone()
+            for b in range(30):
+                for e, (x0, y0, x1, y1) in enumerate(events[b].tolist()):
+                    slow[b, y0:y1, x0:x1] = e % 2 == 0
+                for x0, y0, x1, y1 in [] if part is None else part[b].tolist():
+                    inside[b, y0:y1, x0:x1] = True
+            assert torch.equal(mask, slow & inside)
 
 
 # --- invariance, bad input --------------------------------------------------------------------------------------------
@@ -549,7 +625,7 @@ def test_boxes_come_straight_from_a_plan():
 
 
 BOX, VALID, IMAGES = torch.tensor([[[0.1, 0.1, 0.5, 0.5]]]), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 3, 8, 8)
-NAN, ONE = torch.full((1, 1, 4), torch.nan), Key(0, 0, [1])
+NAN, ONE, STILL = torch.full((1, 1, 4), torch.nan), Key(0, 0, [1]), torch.zeros(1, 2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -583,6 +659,9 @@ NAN, ONE = torch.full((1, 1, 4), torch.nan), Key(0, 0, [1])
         (lambda: paste(IMAGES, IMAGES[:, 0] > 0, IMAGES, torch.zeros(1, 2)), r"paste: shift must be int64 \[1, 2\]"),
         (lambda: paste(IMAGES, IMAGES[:, 0] > 0, IMAGES[..., :4], torch.zeros(1, 2).long()), "paste: backgrounds must"),
         (lambda: paste(IMAGES, IMAGES[:, 0] > 0, torch.tensor([1]), torch.zeros(1, 2).long()), "paste: rows must be"),
+        (lambda: paste(IMAGES, IMAGES[:, 0] > 0, IMAGES, STILL, out=IMAGES[..., :4]), "paste: out must be contiguous"),
+        (lambda: paste(IMAGES, IMAGES[:, 0] > 0, IMAGES, STILL, out=IMAGES.mT), "paste: out must be contiguous"),
+        (lambda: paste(IMAGES, IMAGES[:, 0] > 0, IMAGES, STILL, out=IMAGES.half()), "paste: out must be contiguous"),
         (lambda: shift_composite(IMAGES[0], BOX, VALID, IMAGES, key=ONE), "shift_composite: images must be"),
         (lambda: shift_composite(IMAGES, NAN, VALID, IMAGES, key=ONE), "shift_composite: boxes must be finite"),
         (lambda: shift_composite(IMAGES, BOX, VALID, IMAGES, key=ONE, room=1.0), "shift_composite: room must be in"),

@@ -112,8 +112,14 @@ def cases(device):
         "paste": lambda: composites.paste(
             images, images[:, 0] > 0, partner, torch.zeros(batch, 2, device=device).long()
         ),
+        "paste, out": lambda: composites.paste(
+            images, images[:, 0] > 0, images, torch.zeros(batch, 2, device=device).long(), rows=partner, out=images
+        ),
         "boxes_with_room": lambda: composites.boxes_with_room(box, there, (5, 7)),
         "shift_composite": lambda: composites.shift_composite(images.half(), box, there, partner, key=key),
+        "shift_composite, out": lambda: composites.shift_composite(
+            images, box, there, images.clone(), key=key, rows=partner, out=images
+        ),
     }
 
 

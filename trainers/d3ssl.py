@@ -164,6 +164,7 @@ def augment(batch: geoaug.Batch, regions: Regions, config: Config) -> Views:
         made = geoaug.shift_composite(
             front, regions.in_x2, regions.movable, back, key=key.fold("x3"), room=config.room,
             rows=geoaug.block_derangement(key.fold("x3"), GROUP, ok=batch.ok), cut=config.cutout == "prc",
+            out=front if config.fresh == "on" else None,  # nobody else looks at a fresh draw
         )  # fmt: skip
         # A slot that is not in x3 is masked in the loss; it reads another one's place, to leave batch norm in peace.
         slots = torch.arange(config.boxes, device=made.boxes.device).expand_as(made.valid)

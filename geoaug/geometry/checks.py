@@ -22,11 +22,22 @@ def require(ok: bool, where: str, argument: str, expected: str, got: object) -> 
         raise ValueError(f"{where}: {argument} must be {expected}, got {got}")
 
 
-def shape_of(x: Any) -> str:
+class _Told:
+    """Put into words only when it is told: every call of every function asks for it, and almost none fails."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def __str__(self) -> str:
+        x = self._x
+        if isinstance(x, Tensor):
+            return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        return repr(x) if len(repr(x)) < 80 else type(x).__name__
+
+
+def shape_of(x: Any) -> _Told:
     """What came, for an error: `float32 [4, 2]` for a tensor, else its repr."""
-    if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-    return repr(x) if len(repr(x)) < 80 else type(x).__name__
+    return _Told(x)
 
 
 def values_visible(x: Tensor) -> bool:

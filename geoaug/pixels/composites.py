@@ -75,13 +75,15 @@ def shift_composite(
     restore: Literal["tolerance", "threshold"] = "tolerance",
     rows: Int64[Tensor, " B"] | None = None,
     fill: float = 0.0,
+    out: Shaped[Tensor, "B C h w"] | None = None,
 ) -> Composite:
     """De-positioning (D3SSL, eqs. 6 to 8): an image's boxes, all moved by one shift and cut by PRC, on a background.
 
     The shift is whole pixels, uniform over all that leave the boxes' visible parts in the view. Boxes that span the
     view cannot move, so boxes are dropped, largest first, until the rest leave `room` of either side free or one is
-    left; `room=0` is the paper's letter. `backgrounds`, `rows` and `fill` are those of `paste`: other images, or the
-    rows `block_derangement` gives; jittered boxes follow by `shift_boxes(jittered, composite.shift, (h, w))`.
+    left; `room=0` is the paper's letter. `backgrounds`, `rows`, `fill` and `out` are those of `paste`: other images, or
+    the rows `block_derangement` gives, and where to write, which may be `images` themselves if nobody needs them any
+    more. Jittered boxes follow by `shift_boxes(jittered, composite.shift, (h, w))`.
 
     >>> views, key = torch.rand(4, 3, 32, 48), Key(0, 0, [7, 8, 9, 10])
     >>> boxes, valid = torch.tensor([0.1, 0.1, 0.4, 0.5]).expand(4, 1, 4), torch.ones(4, 1, dtype=torch.bool)
@@ -106,18 +108,17 @@ def shift_composite(
     shift = _draw_shift(edges, kept, view, key)
 
     there = (pixels + shift.repeat(1, 2)[:, None]) * kept[..., None]
-    mask, shown = rectangles.union(there, *rectangles.grid(size, images.device)), kept.to(torch.float32)
-    events = there[:, :0]
+    events, shown = there[:, :0], kept.to(torch.float32)
     if cut:
         cutouts = cut_pixels(there, size, key=key.fold("cut"), ratio=ratio, clip=clip, restore=restore)
-        events = cutouts.events
-        mask, shown = mask.logical_and_(cutouts.keep()), cutouts.shown()
+        events, shown = cutouts.events, cutouts.shown()
+    mask = rectangles.drawn(events, size, within=there)
     whole = torch.cat((torch.zeros_like(shift), view[:2].to(torch.int64).expand_as(shift)), dim=1)
-    foreground = rectangles.count_uncut(events, whole, within=there)
+    foreground = rectangles.count_uncut(events, whole[:, None], within=there)[:, 0]
     rows = _rows(images, backgrounds, rows)
     behind = images if isinstance(backgrounds, Tensor) and backgrounds.ndim == 1 else backgrounds
     return Composite(
-        images=paste(images, mask, behind, shift, rows=rows, fill=fill, moved=True),
+        images=paste(images, mask, behind, shift, rows=rows, fill=fill, moved=True, out=out),
         boxes=shift_boxes(seen, shift, size),
         mask=mask,
         shift=shift,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..geometry import checks
 from ..geometry.rng import Key
+from . import rectangle_kernels as kernels
 from . import rectangles
 
 
@@ -46,13 +47,11 @@ class Cutouts:
     def keep(self, turns: int | None = None) -> Bool[Tensor, "B _h _w"]:
         """Which pixels of the view are not cut, at the end or after the first turns."""
         events = self.events if turns is None else self.events[:, : 2 * turns]
-        return rectangles.uncut(events, *rectangles.grid(self.size, self.boxes.device))
+        return rectangles.drawn(events, self.size)
 
     def shown(self) -> Float32[Tensor, "B _K"]:
         """The share of each box's pixels that is not cut at the end; 0 for boxes without pixels."""
-        batch, slots = self.ratio.shape
-        events = self.events[:, None].expand(batch, slots, 2 * slots, 4).flatten(0, 1)
-        kept = rectangles.count_uncut(events, self.boxes.flatten(0, 1)).view(batch, slots)
+        kept = rectangles.count_uncut(self.events, self.boxes)
         return (kept / rectangles.count(self.boxes).clamp(min=1)).to(torch.float32)
 
 
@@ -131,9 +130,32 @@ def cut_pixels(
     checks.require(restore in ("tolerance", "threshold"), where, "restore", "'tolerance' or 'threshold'", repr(restore))
     ok = isinstance(tolerance, Sequence) and len(tolerance) == 3 and 0 <= tolerance[2] <= tolerance[0] <= tolerance[1]
     checks.require(ok, where, "tolerance", "(from, to, half) with 0 <= half <= from <= to", tolerance)
+    u = key.uniform("cutout", 3 * boxes.shape[1]).view(*boxes.shape[:2], 3)
+    whole_turns = clip == "image" or restore == "tolerance"  # the search of the other law is torch's
+    run = _turns_on_cpu if boxes.device.type == "cpu" and whole_turns else turns_on_device
+    return run(boxes, u.to(boxes.device, non_blocking=True), size, (low, high), clip, restore, tolerance)
+
+
+def _turns_on_cpu(
+    boxes: Int64[Tensor, "B K 4"], u: Float32[Tensor, "B K 3"], size: tuple[int, int], ratio: tuple[float, float],
+    clip: str, restore: str, tolerance: tuple[float, float, float],
+) -> Cutouts:  # fmt: skip
     batch, slots = boxes.shape[:2]
-    u = rectangles.uniform(key, "cutout", 3 * slots, boxes.device).view(batch, slots, 3)
-    shares = rectangles.between(low, high, u[..., 0])
+    shares, order = torch.empty(batch, slots, dtype=torch.float64), torch.empty(batch, slots, dtype=torch.int64)
+    events = torch.empty(batch, 2 * slots, 4, dtype=torch.int64)
+    numbers = tuple(map(float, tolerance))
+    kernels.take_turns(*rectangles.arrays(boxes, u), *ratio, *size, clip == "box", restore == "threshold", numbers,
+                       *rectangles.arrays(shares, order, events))  # fmt: skip
+    return Cutouts(boxes, shares, order, events, size)
+
+
+def turns_on_device(
+    boxes: Int64[Tensor, "B K 4"], u: Float32[Tensor, "B K 3"], size: tuple[int, int], ratio: tuple[float, float],
+    clip: str, restore: str, tolerance: tuple[float, float, float],
+) -> Cutouts:  # fmt: skip
+    """What PRC draws, in torch on any device."""
+    slots, u = boxes.shape[1], u.to(torch.float64)
+    shares = rectangles.between(*ratio, u[..., 0])
     order = largest_first(boxes)
     turns, place = in_order(boxes, order), in_order(u[..., 1:], order)
     pixels = rectangles.count(turns)
@@ -146,7 +168,8 @@ def cut_pixels(
         box, target = turns[:, turn], targets[:, turn]
         away = torch.zeros_like(target)
         if turn:  # nobody has cut before the first turn
-            away = pixels[:, turn] - rectangles.count_uncut(torch.stack(events, dim=1), box)
+            kept = rectangles.count_uncut_on_device(torch.stack(events, dim=1), box[:, None])[:, 0]
+            away = pixels[:, turn] - kept
         if restore == "tolerance":
             leave = (away > tolerance[0] * target) & (away <= tolerance[1] * target)
             again = ~leave & (away > 0) & (away >= tolerance[2] * target)
@@ -240,4 +263,5 @@ def square_cutout_masks(
     middle = pixels[..., :2] + u[..., 2:] * (pixels[..., 2:] - pixels[..., :2])
     half = 0.5 * torch.where(u[..., 0] < p, area, 0).sqrt()[..., None]
     squares = rectangles.whole(torch.cat((middle - half, middle + half), dim=-1), frame)
-    return ~rectangles.union(squares, *rectangles.grid(view, boxes.device))
+    none = torch.zeros_like(squares)
+    return rectangles.drawn(torch.stack((none, squares), dim=2).flatten(1, 2), view)

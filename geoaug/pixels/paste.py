@@ -14,7 +14,6 @@ from . import paste_kernels, rectangles
 
 _ROWS = 4  # images a thread takes at a time
 _PER_THREAD = 2**24  # bytes of output below which a thread more costs what it saves: torch's own still spin
-_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a number's bits are copied, never read
 
 
 def paste(
@@ -26,12 +25,15 @@ def paste(
     rows: Int64[Tensor, " B"] | None = None,
     fill: float = 0.0,
     moved: bool = False,
+    out: Shaped[Tensor, "B C h w"] | None = None,
 ) -> Shaped[Tensor, "B C h w"]:
     """The pixels of images under mask, moved by shift (x, y) pixels, on backgrounds: C of D3SSL's eq. 8.
 
     The mask lies on the images and moves with them; with `moved=True` it lies on the result already. `backgrounds` are
     images, row for row or those that `rows` names, or rows of `images` themselves, as `block_derangement` gives them;
-    row -1 is `fill`. What is moved out of the view is lost. Any number type; no gradient flows through.
+    row -1 is `fill`. What is moved out of the view is lost. Any number type; no gradient flows through. `out`, if
+    given, takes the result, like `images` in kind and contiguous: a buffer of one's own spares the cost of fresh
+    memory, and it may be `images` or `backgrounds` themselves.
 
     >>> image, mask = torch.ones(1, 3, 2, 4), torch.tensor([[[True, False, False, False], [False] * 4]])
     >>> paste(image, mask, torch.zeros(1, 3, 2, 4), torch.tensor([[2, 1]]))[0, 0]
@@ -39,8 +41,13 @@ def paste(
             [0., 0., 1., 0.]])
     """
     rows, backgrounds = _check(images, mask, backgrounds, shift, rows)
+    if out is not None:
+        ok = isinstance(out, Tensor) and out.shape == images.shape and out.dtype == images.dtype
+        ok = ok and out.device == images.device and out.is_contiguous() and not out.requires_grad
+        expected = f"contiguous {str(images.dtype)[6:]} {list(images.shape)} on {images.device} without a gradient"
+        checks.require(ok, "paste", "out", expected, checks.shape_of(out))
     run = _on_cpu if images.device.type == "cpu" else on_device
-    return run(images.detach(), mask, backgrounds.detach(), rows, shift, moved, fill)
+    return run(images.detach(), mask, backgrounds.detach(), rows, shift, moved, fill, out)
 
 
 def _check(
@@ -73,17 +80,27 @@ def _check(
 
 
 def _on_cpu(
-    images: Tensor, mask: Tensor, backgrounds: Tensor, rows: Tensor, shift: Tensor, moved: bool, fill: float
+    images: Tensor, mask: Tensor, backgrounds: Tensor, rows: Tensor, shift: Tensor, moved: bool, fill: float,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    bits = _WHOLE[images.element_size()]
-    source, behind = (x.contiguous().view(bits).numpy() for x in (images, backgrounds))
-    inside, which, moves = (x.contiguous().numpy() for x in (mask.view(torch.uint8), rows, shift))
-    blank = torch.tensor([fill]).to(images.dtype).view(bits).numpy()[0]
-    target = np.empty_like(source)  # numpy asks for huge pages, torch does not: a third less time for a large batch
+    images, mask, backgrounds = images.contiguous(), mask.contiguous(), backgrounds.contiguous()
+    front_stays = out is not None and out.data_ptr() == images.data_ptr()
+    back_stays = out is not None and not front_stays and out.data_ptr() == backgrounds.data_ptr()
+    if back_stays:
+        own = torch.arange(len(rows))
+        back_stays = len(backgrounds) == len(images) and bool(((rows == own) | (rows < 0)).all())
+    read = [mask, *([] if front_stays else [images]), *([] if back_stays else [backgrounds])]
+    if out is not None and any(_overlap(out, x) for x in read):
+        return out.copy_(_on_cpu(images, mask, backgrounds, rows, shift, moved, fill))  # else it would spoil them
+    target = _fresh(images) if out is None else out
+    blank = torch.full(images.shape[-1:], fill, dtype=torch.float64).to(images.dtype)
+    places = images.data_ptr(), backgrounds.data_ptr(), blank.data_ptr(), target.data_ptr()
+    inside, which, moves = mask.view(torch.uint8).numpy(), rows.contiguous().numpy(), shift.contiguous().numpy()
 
     def work(first: int) -> None:
-        last = min(first + _ROWS, len(source))
-        paste_kernels.paste(source, inside, behind, which, moves, moved, blank, first, last, target)
+        last = min(first + _ROWS, len(images))
+        paste_kernels.paste(*places, tuple(images.shape[1:]), images.element_size(), inside, which, moves, moved,
+                            front_stays, back_stays, first, last)  # fmt: skip
 
     firsts = range(0, len(images), _ROWS)
     threads = min(torch.get_num_threads(), len(firsts), images.nbytes // _PER_THREAD)
@@ -93,11 +110,24 @@ def _on_cpu(
     else:
         for first in firsts:
             work(first)
-    return torch.from_numpy(target).view(images.dtype)
+    return target
+
+
+def _fresh(like: Tensor) -> Tensor:
+    """Memory of numpy's, which asks for huge pages, as torch does not: a third less time for a large batch."""
+    if like.numel() == 0:
+        return torch.empty_like(like)
+    return torch.from_numpy(np.empty(like.nbytes, dtype=np.uint8)).view(like.dtype).view(like.shape)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors on a CPU share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def on_device(
-    images: Tensor, mask: Tensor, backgrounds: Tensor, rows: Tensor, shift: Tensor, moved: bool, fill: float
+    images: Tensor, mask: Tensor, backgrounds: Tensor, rows: Tensor, shift: Tensor, moved: bool, fill: float,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in torch, on any device."""
     (batch, channels, h, w), device = images.shape, images.device
@@ -107,11 +137,11 @@ def on_device(
     x, y = x.clamp(0, w - 1)[:, None, :], y.clamp(0, h - 1)[:, :, None]
     b, c = torch.arange(batch, device=device)[:, None, None], torch.arange(channels, device=device)[:, None, None]
     chosen = (mask if moved else mask[b, y, x]) & inside
-    front = images[b[:, None], c, y[:, None], x[:, None]]
-    if len(backgrounds) == 0:
-        return torch.where(chosen[:, None], front, fill).to(images.dtype)
-    behind = torch.where((rows < 0)[:, None, None, None], fill, backgrounds[rows.clamp(min=0)]).to(images.dtype)
-    return torch.where(chosen[:, None], front, behind)
+    front = images[b[:, None], c, y[:, None], x[:, None]]  # a copy, so `out` may be what it is taken from
+    behind = torch.full((1,), fill, dtype=torch.float64, device=device).to(images.dtype)
+    if len(backgrounds) > 0:
+        behind = torch.where((rows < 0)[:, None, None, None], behind, backgrounds[rows.clamp(min=0)])
+    return torch.where(chosen[:, None], front, behind, out=out)
 
 
 def shift_boxes(

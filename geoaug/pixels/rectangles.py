@@ -1,17 +1,22 @@
 """Rectangles of whole pixels, int64 (x0, y0, x1, y1) with exclusive ends: what a box is once it meets a view's pixels.
 
-A pixel belongs to a box iff its centre does: x0 <= j + 0.5 < x1. Rectangles laid over each other are counted without
-looking at pixels, on the cells that their edges cut the plane into, and drawn once, by two comparisons of bits.
+A pixel belongs to a box iff its centre does: x0 <= j + 0.5 < x1. On a CPU rectangles laid over each other are painted
+one after another by numba kernels. On a device they are counted without looking at pixels, on the cells that their
+edges cut the plane into, and drawn once, by two comparisons of bits. Both give the same.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from ..geometry import checks
 from ..geometry.rng import Key
+from . import rectangle_kernels as kernels
 
 _BITS = 8  # of the bytes in which the rectangles around a pixel are noted
 _RESTORED, _CUT = 0b01010101, 0b10101010
@@ -82,9 +87,37 @@ def count(rectangles: Int64[Tensor, "*batch 4"]) -> Int64[Tensor, "*batch"]:
     return sides[..., 0] * sides[..., 1]
 
 
-def grid(size: tuple[int, int], device: torch.device) -> tuple[Int64[Tensor, "1 w"], Int64[Tensor, "1 h"]]:
-    """The columns and rows of a view's pixels, for `union` and `uncut`."""
-    return torch.arange(size[1], device=device)[None], torch.arange(size[0], device=device)[None]
+def arrays(*tensors: Tensor) -> list[npt.NDArray[Any]]:
+    """Tensors on a CPU as the kernels take them."""
+    return [x.contiguous().numpy() for x in tensors]
+
+
+def drawn(
+    events: Int64[Tensor, "B E 4"], size: tuple[int, int], within: Int64[Tensor, "B R 4"] | None = None
+) -> Bool[Tensor, "B _h _w"]:
+    """Which pixels of a view are there in the end, by `uncut`, and lie in any of the rectangles `within`.
+
+    >>> drawn(torch.tensor([[[0, 0, 0, 0], [1, 0, 3, 1]]]), (2, 4))
+    tensor([[[ True, False, False,  True],
+             [ True,  True,  True,  True]]])
+    """
+    if events.device.type != "cpu":
+        return drawn_on_device(events, size, within)
+    mask = torch.empty(len(events), *size, dtype=torch.bool)
+    some = within is not None
+    kernels.draw(*arrays(within if some else events[:, :0]), some, *arrays(events), mask.view(torch.uint8).numpy())
+    return mask
+
+
+def drawn_on_device(
+    events: Int64[Tensor, "B E 4"], size: tuple[int, int], within: Int64[Tensor, "B R 4"] | None = None
+) -> Bool[Tensor, "B _h _w"]:
+    """The same in torch, on any device."""
+    x, y = (torch.arange(side, device=events.device)[None] for side in (size[1], size[0]))
+    if within is None:
+        return uncut(events, x, y)
+    inside = union(within, x, y)
+    return inside if events.shape[1] == 0 else inside.logical_and_(uncut(events, x, y))
 
 
 def _bits(low: Tensor, high: Tensor, at: Tensor) -> UInt8[Tensor, "*batch n"]:
@@ -134,11 +167,30 @@ def cells(
 
 
 def count_uncut(
-    events: Int64[Tensor, "N E 4"], box: Int64[Tensor, "N 4"], within: Int64[Tensor, "N R 4"] | None = None
-) -> Int64[Tensor, " N"]:
-    """How many pixels of a box are there in the end, by `uncut`, and lie in any of the rectangles `within`."""
-    start, length = cells(events if within is None else torch.cat((events, within), dim=1), box)
-    keep = uncut(events, start[:, 0], start[:, 1])
-    if within is not None:
-        keep &= union(within, start[:, 0], start[:, 1])
-    return (length[:, 1, :, None] * length[:, 0, None] * keep).sum(dim=(1, 2))
+    events: Int64[Tensor, "B E 4"], boxes: Int64[Tensor, "B N 4"], within: Int64[Tensor, "B R 4"] | None = None
+) -> Int64[Tensor, "B N"]:
+    """How many pixels of each box are there in the end, by `uncut`, and lie in any of the rectangles `within`.
+
+    >>> count_uncut(torch.tensor([[[0, 0, 0, 0], [1, 0, 3, 1]]]), torch.tensor([[[0, 0, 2, 2]]]))
+    tensor([[3]])
+    """
+    if events.device.type != "cpu":
+        return count_uncut_on_device(events, boxes, within)
+    counts = torch.empty(boxes.shape[:2], dtype=torch.int64)
+    some = within is not None
+    kernels.count_uncut(*arrays(within if some else events[:, :0]), some, *arrays(events, boxes), counts.numpy())
+    return counts
+
+
+def count_uncut_on_device(
+    events: Int64[Tensor, "B E 4"], boxes: Int64[Tensor, "B N 4"], within: Int64[Tensor, "B R 4"] | None = None
+) -> Int64[Tensor, "B N"]:
+    """The same in torch, on any device."""
+    batch, many = boxes.shape[:2]
+    each = events[:, None].expand(-1, many, -1, -1).flatten(0, 1)
+    inside = None if within is None else within[:, None].expand(-1, many, -1, -1).flatten(0, 1)
+    start, length = cells(each if inside is None else torch.cat((each, inside), dim=1), boxes.flatten(0, 1))
+    keep = uncut(each, start[:, 0], start[:, 1])
+    if inside is not None:
+        keep &= union(inside, start[:, 0], start[:, 1])
+    return (length[:, 1, :, None] * length[:, 0, None] * keep).sum(dim=(1, 2)).view(batch, many)

@@ -54,4 +54,4 @@ def window_masks(
     window = rectangles.whole(torch.cat((corner, corner + sides), dim=-1), view)
     pixels = rectangles.pixels_of(boxes, valid, view)
     both = torch.cat((pixels, window[:, None]), dim=1)
-    return rectangles.union(both, *rectangles.grid((height, width), boxes.device))
+    return rectangles.drawn(both[:, :0], (height, width), within=both)
