@@ -338,7 +338,8 @@ def test_paste_writes_where_it_is_told_even_onto_what_it_reads(dtype):
     shift = torch.from_numpy(np.stack((g.integers(-3, 4, n), np.arange(n) % 5 - 2), axis=1))  # up, down and level
     assert ((shift[:, 0] > 0) & (shift[:, 1] == 0)).any()
     fill = torch.arange(n).masked_fill(torch.arange(n) % 3 == 0, -1)
-    for rows, moved in itertools.product((torch.arange(n), fill, torch.from_numpy(g.integers(-1, n, n))), (True, False)):
+    others_too = torch.from_numpy(g.integers(-1, n, n))
+    for rows, moved in itertools.product((torch.arange(n), fill, others_too), (True, False)):
         ways = {"rows": rows, "fill": 7, "moved": moved}
         expected = paste(images, mask, others, shift, **ways)
         alone, front, back = torch.empty_like(images), images.clone(), others.clone()

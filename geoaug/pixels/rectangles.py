@@ -104,8 +104,8 @@ def drawn(
     if events.device.type != "cpu":
         return drawn_on_device(events, size, within)
     mask = torch.empty(len(events), *size, dtype=torch.bool)
-    some = within is not None
-    kernels.draw(*arrays(within if some else events[:, :0]), some, *arrays(events), mask.view(torch.uint8).numpy())
+    inside, some = events[:, :0] if within is None else within, within is not None
+    kernels.draw(*arrays(inside), some, *arrays(events), mask.view(torch.uint8).numpy())
     return mask
 
 
@@ -177,8 +177,8 @@ def count_uncut(
     if events.device.type != "cpu":
         return count_uncut_on_device(events, boxes, within)
     counts = torch.empty(boxes.shape[:2], dtype=torch.int64)
-    some = within is not None
-    kernels.count_uncut(*arrays(within if some else events[:, :0]), some, *arrays(events, boxes), counts.numpy())
+    inside, some = events[:, :0] if within is None else within, within is not None
+    kernels.count_uncut(*arrays(inside), some, *arrays(events, boxes), counts.numpy())
     return counts
 
 
