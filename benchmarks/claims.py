@@ -32,8 +32,8 @@ def write(paper: str, lab: Lab, size: str, out: Path) -> None:
     minutes = (time.perf_counter() - began) / 60
     scale = lab.scale
     setting = (
-        f"Seeds {', '.join(map(str, lab.seeds))}; {scale.images} scenes of {scale.objects[0]} to {scale.objects[1]}"
-        f" objects, {scale.epochs} epochs of batch {scale.batch_size}, {scale.arch}, views of {scale.size} px;"
+        f"Seeds {', '.join(map(str, lab.seeds))}; {scale.images} scenes (`{' '.join(scale.scene_flags)}`),"
+        f" {scale.epochs} epochs of batch {scale.batch_size}, {scale.arch}, views of {scale.size} px;"
         f" measured on {scale.held_out} other scenes; {lab.device}; {minutes:.1f} minutes, less what was cached."
     )
     raw = {

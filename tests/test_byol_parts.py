@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+import geoaug
 from geoaug import Key
-from tests import training
-from trainers import common
+from tests import test_trainers, training
+from trainers import byol, common
+
+from .test_trainers import _one_thread, batches, scenes  # noqa: F401  fixtures
 
 
 def rows(*shape, seed=0):
@@ -91,6 +94,28 @@ def test_both_ways_against_the_loop():
     assert p1.grad.any()
     assert p2.grad.any()
     assert z1.grad is z2.grad is None
+
+
+@pytest.mark.parametrize("forward", ["apart", "joint"])
+def test_byols_loss_image_by_image(forward, batches):  # noqa: F811
+    """With every network's statistics fixed; the fourth image could not be read."""
+    batch = batches["byol"].split(2)[0]
+    batch.ok = torch.tensor([True, True, True, False])
+    model, _ = test_trainers.model_and_inputs("byol", batch, ("--forward", forward))
+    model.eval()
+    colors = byol.recipe(model.config).colors
+    views = [geoaug.color(batch.images[v], colors[v], batch.key.fold(f"v{v + 1}")) for v in (0, 1)]
+    total = 0.0
+    with torch.no_grad():
+        for i in range(3):
+            p, z = ([] for _ in "pz")
+            for view in views:
+                features = [network.trunk(view[i : i + 1]).mean((2, 3)) for network in (model.student, model.teacher)]
+                p.append(model.predictor(model.student.projector(features[0])))
+                z.append(model.teacher.projector(features[1]))
+            for a, b in ((0, 1), (1, 0)):
+                total += 2 - 2 * torch.cosine_similarity(p[a].double(), z[b].double()).item()
+        assert model(batch, torch.tensor(3.0))[0].item() == pytest.approx(total / 3, rel=1e-4)
 
 
 def test_the_heads_are_byols():

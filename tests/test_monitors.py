@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import test_trainers, training
+from tests.test_no_synchronisation import Copies
 from trainers import byol, common, scrl
 from trainers.monitors import Monitor
 
@@ -71,6 +73,15 @@ def test_unknown_labels_and_an_empty_bank_give_zeros_and_a_batch_may_exceed_the_
     assert not monitor.weight.any()
     assert monitor.ids.tolist() == list(range(12, 20))
     assert not list(monitor.parameters())
+
+
+def test_no_update_waits_for_the_host():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        monitor = Monitor(12, 4, bank=8, k=20)
+        features, labels = torch.randn(5, 12), torch.arange(5) % 3
+        with Copies() as copies:
+            monitor.update(features, labels, labels)
+    assert copies.found == []
 
 
 @pytest.fixture(scope="module")
