@@ -93,6 +93,27 @@ def titled(picture: Picture, title: str, *, tall: int = 20) -> Picture:
     )
 
 
+def legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int, *, tall: int = 14) -> Picture:
+    """Names beside squares of their colours, on white, in as many rows as a picture of this width needs."""
+    from PIL import ImageFont
+
+    font, line = ImageFont.load_default(tall), tall + tall // 2
+    places, x, y = [], 4, 0
+    for name, _ in entries:
+        wide = line + 6 + int(font.getlength(name)) + tall
+        if x > 4 and x + wide > width:
+            x, y = 4, y + line
+        places.append((x, y))
+        x += wide
+
+    def draw(canvas: ImageDraw, w: int, h: int) -> None:
+        for (name, color), (left, top) in zip(entries, places, strict=True):
+            canvas.rectangle((left, top + 3, left + tall, top + 3 + tall), fill=color)
+            canvas.text((left + tall + 6, top + 2), name, fill=0, font=font)
+
+    return _drawn(torch.full((3, y + line + 4, width), 255, dtype=torch.uint8), draw)
+
+
 def points(
     picture: Picture,
     xy: Float[Tensor, "P 2"],

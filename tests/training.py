@@ -29,6 +29,7 @@ OF = {
 PATIENCE = 120  # seconds after which a process counts as hung
 OF |= {
     "simsiam": ("--dim", "32", "--bottleneck", "8"),
+    "densesiam_segmentation": ("--classes", "7", "--aux", "11", "--region-start", "0.5"),
     "densesiam": ("--dim", "32", "--channels", "8", "--grid", "3", "--region-start", "0.2"),
 }
 

@@ -28,6 +28,7 @@ _LEAST = {
     "epochs": 1, "max_steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "size": 1,
     "lr": 0.0, "weight_decay": 0.0, "warmup_epochs": 0.0, "ema": 0.0, "momentum": 0.0, "temperature": 1e-6,
     "queue": 1, "dim": 1, "hidden": 1, "boxes": 1, "roi_size": 1, "bottleneck": 1, "grid": 1, "channels": 2,
+    "classes": 2, "aux": 0, "seg_weight": 0.0,
     "dense_weight": 0.0, "region_weight": 0.0, "region_start": 0.0,
 }  # fmt: skip
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -188,14 +189,16 @@ def start(config: RunConfig, *, rows: int = 1) -> Accelerator:
 
 
 def open_data(
-    config: RunConfig, specs: Sequence[geoaug.ViewSpec], accelerator: Accelerator, *, proposals: Path | None = None
-) -> Loader:
+    config: RunConfig, specs: Sequence[geoaug.ViewSpec], accelerator: Accelerator, *, proposals: Path | None = None,
+    only: Path | None = None, replay: bool = False,
+) -> Loader:  # fmt: skip
     """The loader of a run: this process's part of each batch, its views on the run's device."""
     try:
         return geoaug.open_loader(
             config.data or "", specs, batch_size=config.batch_size, seed=config.seed, images=config.images,
             rank=accelerator.process_index, world=accelerator.num_processes, proposals=proposals,
             workers=config.workers, device=accelerator.device, render=config.render, on_error="mask",
+            only=only, replay=replay,
         )  # fmt: skip
     except (ValueError, OSError, ImportError, geoaug.LoadError) as error:
         raise UsageError(f"--data {config.data}: {error}") from None

@@ -28,11 +28,13 @@ from .networks import (
     shuffled,
     spread,
     stride,
+    summed,
     with_norm,
 )
 from .optimizers import LARS, Queue, cosine_lr, cosine_momentum, frozen, move_teacher, set_lr, weights_and_vectors
 from .region_views import Cutout, Jitter, OnOff, RegionLaw, choose_boxes, jittered, kept_pixels, need_boxes
 from .runs import Run
+from .segmentation_net import LightPyramid, SegmentationNet, read_segmenter
 from .shared_points import PointLaw, SharedPoints, share_points
 from .siamese import SPREAD_FLOORS, PredictorLR, Similarity, check_norm, siamese_groups, symmetrised
 
@@ -45,6 +47,7 @@ __all__ = [
     "Cutout",
     "Forward",
     "Jitter",
+    "LightPyramid",
     "Monitor",
     "Norm",
     "OnOff",
@@ -55,6 +58,7 @@ __all__ = [
     "RegionLaw",
     "Run",
     "RunConfig",
+    "SegmentationNet",
     "SharedPoints",
     "Similarity",
     "Target",
@@ -86,6 +90,7 @@ __all__ = [
     "open_data",
     "parse",
     "prepare_model",
+    "read_segmenter",
     "region_head",
     "save_checkpoint",
     "set_lr",
@@ -95,6 +100,7 @@ __all__ = [
     "spread",
     "start",
     "stride",
+    "summed",
     "symmetrised",
     "target_of",
     "watched",

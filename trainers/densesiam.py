@@ -235,4 +235,5 @@ if __name__ == "__main__":
         from trainers import densesiam_segmentation as segmentation
 
         common.launch(segmentation.main, segmentation.Config, segmentation.PRESETS)
-    common.launch(main, Config, PRESETS)
+    else:
+        common.launch(main, Config, PRESETS)

@@ -16,7 +16,7 @@ import geoaug
 from geoaug import metrics
 from trainers import common
 
-Task = Literal["object-knn", "disturbed-knn", "coupling-rate", "position-similarity"]
+Task = Literal["object-knn", "disturbed-knn", "coupling-rate", "position-similarity", "unsupervised-segmentation"]
 SHARE = 0.8  # of the images in the bank, where --data is split
 
 
@@ -56,6 +56,20 @@ class Config:
     """Votes weigh exp(cosine / temperature)."""
     disturb: Literal["both", "queries"] = "both"
     """Which side of disturbed-knn is disturbed."""
+    view: int = 320
+    """Side of the middle squares that unsupervised-segmentation names pixel by pixel."""
+    segmenter: Literal["auto", "head", "k-means"] = "auto"
+    """Who names them: the run's own head, or k-means on --layer; auto: the head where the run has one."""
+    clusters: int = 0
+    """Clusters of k-means; 0: as many as there are classes."""
+    things: int = 0
+    """So many of --data's first classes are things, the others stuff; 0: they are not told apart."""
+    background: bool = False
+    """Count pixels without a label as a class of their own, the last one."""
+    sheets: Path | None = None
+    """A folder for sheets of photographs beside what they were named and what they are."""
+    sheet_count: int = 24
+    """Photographs on the sheets."""
     seed: int = 0
     workers: int | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,15 +82,19 @@ def backbone_of(config: Config) -> metrics.Backbone:
     torch.manual_seed(config.seed)
     trunk = common.make_trunk(config.arch, "none" if config.weights == "random" else config.weights)
     trunk = trunk.to(config.device).eval()
-    spec = geoaug.ColorSpec()
-    mean, std = (torch.tensor(spec.channels(x), device=config.device).view(3, 1, 1) for x in ("mean", "std"))
 
     @torch.no_grad()
     def maps(images: Tensor) -> dict[str, Tensor]:
-        scaled = images.to(config.device).float() / (255 if images.dtype == torch.uint8 else 1)
-        return dict(zip(trunk.stages, trunk.maps((scaled - mean) / std), strict=True))
+        return dict(zip(trunk.stages, trunk.maps(normalised(images, config.device)), strict=True))
 
     return maps
+
+
+def normalised(images: Tensor, device: str) -> Tensor:
+    """Stored images on the device, scaled to [0, 1], by ImageNet's mean and deviation."""
+    spec = geoaug.ColorSpec()
+    mean, std = (torch.tensor(spec.channels(x), device=device).view(3, 1, 1) for x in ("mean", "std"))
+    return (images.to(device).float() / (255 if images.dtype == torch.uint8 else 1) - mean) / std
 
 
 def images_of(config: Config, path: Path, folder: Path | None, spec: geoaug.ViewSpec) -> Iterator[geoaug.Batch]:

@@ -230,6 +230,16 @@ def prepare_model(model: nn.Module, config: RunConfig, device: torch.device) -> 
 
 
 @torch.no_grad()
+def summed(x: Tensor) -> Tensor:
+    """A tensor added up over all processes, inside a model's forward; no gradient."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
 def shuffled(encoder: Callable[..., Any], key: Key, *inputs: Tensor) -> Any:
     """encoder(*inputs) with the rows of all processes dealt anew, so that no batch norm sees a query with its key.
 

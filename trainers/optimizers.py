@@ -22,9 +22,9 @@ def cosine_lr(step: int, total: int, *, peak: float, warmup: int = 0, start: flo
     return end + (peak - end) * (1 + math.cos(math.pi * along)) / 2
 
 
-def set_lr(optimizer: Any, step: int, total: int, *, peak: float, warmup: int = 0) -> float:
+def set_lr(optimizer: Any, step: int, total: int, *, peak: float, warmup: int = 0, end: float = 0.0) -> float:
     """Set the step's learning rate, but for groups with `fixed_lr` (SimSiam's predictor), which keep the peak."""
-    lr = cosine_lr(step, total, peak=peak, warmup=warmup)
+    lr = cosine_lr(step, total, peak=peak, warmup=warmup, end=end)
     for group in optimizer.param_groups:
         group["lr"] = peak if group.get("fixed_lr") else lr
     return lr
