@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import geoaug
 from data_prep import make_scenes
@@ -17,6 +18,7 @@ from geoaug import losses
 from tests import reference_densesiam as reference
 from tests import reference_segmentation as slow
 from tests import training
+from tests.test_no_synchronisation import Copies
 from tests.test_trainers import same
 from trainers import common
 from trainers import densesiam_segmentation as segmentation
@@ -123,6 +125,16 @@ def test_one_category_alone_or_no_image_at_all_is_no_nan(law):
         assert found.isfinite().all()
         assert z.grad.isfinite().all()
         assert shares.tolist() == [float(ok.any()), 0, 0, 0]
+
+
+@pytest.mark.parametrize("law", ["code", "inverse", "none"])
+def test_the_loss_of_own_labels_waits_for_no_device(law, monkeypatch):
+    monkeypatch.setenv("GEOAUG_CHECK", "0")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        z, ok = torch.rand(2, 6, 4, device="cuda"), torch.ones(2, device="cuda").bool()
+        with Copies() as copies:
+            segmentation.own_labels_loss(z, ok, law)
+    assert copies.found == []
 
 
 def test_the_heads_share_one_weight_by_the_logs_of_the_others_categories():
