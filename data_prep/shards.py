@@ -96,7 +96,7 @@ def run(
     "local" for one of `workers` processes; its workers read the images, and all is written here.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(job.folder):
+    with alone(job.folder):
         versions = _agree(job)
         entries, damaged = _look(job)
         if damaged and not repair:
@@ -126,7 +126,7 @@ def _write_all(job: Job, made: Generator[tuple[int, Outcome], None, None], done:
             number, future = writing.popleft()
             entries[number] = future.result()
 
-    with ThreadPoolExecutor(1) as writer, _progress(len(job.names), done) as tick, closing(made) as results:
+    with ThreadPoolExecutor(1) as writer, progress(len(job.names), done) as tick, closing(made) as results:
         for row, outcome in results:
             number = row // job.shard_size
             part = parts.setdefault(number, {})
@@ -218,7 +218,7 @@ def _look(job: Job) -> tuple[dict[int, Entry], dict[str, str]]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Refuse a second run on a folder; the lock goes with the process, however it ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -234,7 +234,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[], Any]]:
+def progress(total: int, done: int) -> Iterator[Callable[[], Any]]:
     """A bar with images per second and the time left; in a log a line a minute."""
     try:
         from tqdm import tqdm

@@ -298,7 +298,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    with shards._alone(tmp_path), pytest.raises(JobError, match="is being worked on by another run"):
+    with shards.alone(tmp_path), pytest.raises(JobError, match="is being worked on by another run"):
         run(job(tmp_path, [1]))
     run(job(tmp_path, [1]))
 
