@@ -159,9 +159,10 @@ def main(argv: list[str] | None = None) -> int:
         what = prepared(args)
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))
-    for names, kind in ((what[1].unmatched, "categories"), (what[1].ignored, "rows of the table")):
+    for names, kind in ((what[1].unmatched, "categories without a class"), (what[1].ignored, "unused rows of --table")):
         if names:
-            print(f"build_openimage_mini: {len(names)} {kind} without a match: {', '.join(names)}", file=sys.stderr)
+            told = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+            print(f"build_openimage_mini: {len(names)} {kind}: {told}", file=sys.stderr)
     try:
         return _build(args, *what)
     except (ImportError, ValueError) as error:

@@ -67,8 +67,8 @@ class Downloaded:
 
 def download(wanted: Wanted) -> Downloaded:
     """Get what is not there yet. One server, many threads, which share out the images one by one."""
-    if bad := next((identity for identity in wanted.ids if not _ID.fullmatch(identity)), None):
-        raise ValueError(f"download: ids must be 16 hex digits, got {bad!r}")
+    if bad := [identity for identity in wanted.ids if not _ID.fullmatch(identity)]:
+        raise ValueError(f"download: ids must be 16 hex digits, got {bad[0]!r}")
     (wanted.folder / "images").mkdir(parents=True, exist_ok=True)
     with alone(wanted.folder / "images"), _Journal(wanted.folder / "downloads.jsonl") as journal:
         there = dict(_files(wanted.folder / "images"))
@@ -81,10 +81,9 @@ def download(wanted: Wanted) -> Downloaded:
                 todo.put((identity, known is None and size is not None))
         if todo.qsize():
             _run(wanted, todo, result, journal)
-    order = {identity: i for i, identity in enumerate(wanted.ids)}
-    result.missing.sort(key=order.__getitem__)
+    result.missing.sort()
     for found in result.failures.values():
-        found.sort(key=lambda entry: order[entry[0]])
+        found.sort()
     return result
 
 
@@ -109,7 +108,8 @@ class _Journal:
         for line in data.split(b"\n"):
             try:
                 entry = json.loads(line)
-                self.known[entry.pop("id")] = Stored(**entry)
+                identity = entry.pop("id")
+                self.known[identity] = Stored(**entry)
             except (ValueError, TypeError, AttributeError, KeyError):
                 continue
         self._file = path.open("ab", buffering=0)
@@ -129,7 +129,7 @@ class _Journal:
 
 def _run(wanted: Wanted, todo: SimpleQueue[tuple[str, bool]], result: Downloaded, journal: _Journal) -> None:
     count, done = todo.qsize(), len(result.images)
-    answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    answers: SimpleQueue[tuple[str, Any, bool]] = SimpleQueue()
     stop = threading.Event()
     for _ in range(min(wanted.connections, count)):
         threading.Thread(target=_work, args=(wanted, todo, answers, stop), daemon=True).start()
@@ -137,12 +137,12 @@ def _run(wanted: Wanted, todo: SimpleQueue[tuple[str, bool]], result: Downloaded
     try:
         with progress(count + done, done) as tick:
             for _ in range(count):
-                identity, answer = answers.get()
+                identity, answer, fresh = answers.get()
                 in_a_row = 0 if isinstance(answer, Stored) else in_a_row + 1
                 if isinstance(answer, Stored):
                     journal.add(identity, answer)
                     result.images[identity] = answer
-                    result.fetched += 1
+                    result.fetched += fresh
                 elif not isinstance(answer, FetchError):
                     raise answer
                 elif answer.kind == "missing":
@@ -158,7 +158,10 @@ def _run(wanted: Wanted, todo: SimpleQueue[tuple[str, bool]], result: Downloaded
 
 
 def _work(
-    wanted: Wanted, todo: SimpleQueue[tuple[str, bool]], answers: SimpleQueue[tuple[str, Any]], stop: threading.Event
+    wanted: Wanted,
+    todo: SimpleQueue[tuple[str, bool]],
+    answers: SimpleQueue[tuple[str, Any, bool]],
+    stop: threading.Event,
 ) -> None:
     """One thread: an image after the other, until there is none left."""
     server = ImageServer(wanted.timeout)
@@ -169,11 +172,11 @@ def _work(
             break
         path = wanted.folder / "images" / f"{identity}.jpg"
         try:
-            answer: Any = _adopted(path, wanted) if there else None
-            answer = answer or _fetched(server, path, wanted, stop)
+            found = _adopted(path, wanted) if there else None
+            answer: Any = found or _fetched(server, path, wanted, stop)
         except Exception as error:  # a full disk, say: the main thread raises it
-            answer = error
-        answers.put((identity, answer))
+            found, answer = None, error
+        answers.put((identity, answer, found is None))
     server.close()
 
 

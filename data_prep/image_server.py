@@ -128,6 +128,7 @@ class ImageServer:
                 connection.sock.settimeout(left)
         if said is not None and size != said:
             raise FetchError("cut short", f"{size:,} of {said:,} bytes")
+        answer.close()  # without which the connection would not be ready for the next
         if connection.sock is not None:
             connection.sock.settimeout(self._timeout)
         return b"".join(pieces)

@@ -24,9 +24,10 @@ from . import reference_openimages as slow
 
 pytest.importorskip("pyarrow")
 ROOT = Path(__file__).resolve().parent.parent
-TITLES = (
-    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
-).split(",")
+TITLES = [
+    "ImageID", "Source", "LabelName", "Confidence", "XMin", "XMax", "YMin", "YMax",
+    "IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside",
+]  # fmt: skip
 CLICKS = [f"XClick{i}{axis}" for axis in "XY" for i in range(1, 5)]  # V6 and V7 have them as well
 CLASSES = Classes(("/m/a", "/m/b", "/m/c", "/m/d"), ("A", "B", "C", "D"))
 TARGET = Target(("thing", "beast"), np.array([4, 2]), "a target")
@@ -352,13 +353,11 @@ def test_a_bad_row_is_told_and_left_out(tmp_path, capsys, bad, told):
 def test_a_row_that_is_cut_or_torn_takes_no_other_with_it(tmp_path, capsys, line, told):
     text = slow.as_text([row(1), row(2, "/m/b")], TITLES)
     boxes = tmp_path / "boxes.csv"
-    boxes.write_bytes(
-        text.encode() + line.encode("latin-1") + b"\n" + text.split("\n", 1)[1].encode().replace(b"00,", b"0a,")
-    )
+    boxes.write_bytes(text.encode() + line.encode("latin-1") + b"\n" + text.split("\n", 1)[1].encode())
     assert run(tmp_path, boxes) == 0
     assert f"build_openimage_mini: line 4: {told}" in capsys.readouterr().err
     read = read_boxes(boxes, CLASSES)
-    assert (len(read.boxes.classes), read.boxes.lines.tolist()) == (4, [2, 3, 5, 6])
+    assert read.boxes.lines.tolist() == [2, 5, 3, 6]  # by image
 
 
 def test_of_many_bad_rows_ten_are_told_and_the_rest_counted(tmp_path, capsys):
@@ -394,7 +393,7 @@ def without(title):
 
 
 USAGE = {
-    "a missing column": ({"boxes": ",".join(without("XMin")) + "\n"}, [], "columns of Open Images' boxes, got .* without XMin"),
+    "a missing column": ({"boxes": ",".join(without("XMin")) + "\n"}, [], "boxes, got .* without XMin"),
     "a column twice": ({"boxes": ",".join([*TITLES, "XMin"]) + "\n"}, [], "must have each column once"),
     "no bytes": ({"boxes": ""}, [], "without ImageID, LabelName"),
     "no file": ({}, ["--boxes", "nowhere.csv"], "--boxes must be a CSV, got nowhere.csv: no such file"),
@@ -465,14 +464,14 @@ def test_coco_counts_and_the_table_are_complete():
     with_crowds, without_crowds = published(crowds=True), published(crowds=False)
     assert (int(with_crowds.objects.sum()), int(without_crowds.objects.sum())) == (860_001, 849_949)
     assert len(with_crowds.names) == len(set(with_crowds.names)) == 80
-    table = list(csv.DictReader(TABLE.open()))
+    table = list(csv.DictReader(TABLE.read_text().splitlines()))
     assert {entry["coco"] for entry in table} == set(with_crowds.names)
     assert len({entry["mid"] for entry in table}) == len(table)
     same = Counter(entry["coco"] for entry in table if entry["match"] == "same")
     assert set(with_crowds.names) - set(same) == {"cup"}  # Open Images has mugs and coffee cups alone
     assert set(same.values()) == {1}
     assert {entry["match"] for entry in table} == {"same", "kind", "near"}
-    counts = list(csv.DictReader(COUNTS.open()))
+    counts = list(csv.DictReader(COUNTS.read_text().splitlines()))
     assert counts[0] == {"id": "1", "name": "person", "instances": "262465", "instances_not_crowd": "257253"}
 
 
@@ -508,7 +507,7 @@ def test_the_table_agrees_with_open_images_own_files(data):
     meta = data / "openimages_mini" / "meta"
     old, new = (read_classes(meta / f"{name}class-descriptions-boxable.csv") for name in ("", "oidv6-"))
     names = dict(zip(old.mids, old.names, strict=True))
-    table = list(csv.DictReader(TABLE.open()))
+    table = list(csv.DictReader(TABLE.read_text().splitlines()))
     assert all(names[entry["mid"]] == entry["name"] for entry in table)
     assert set(old.mids) == set(new.mids)
     below, nodes = {}, [json.loads((meta / "bbox_labels_600_hierarchy.json").read_bytes())]
@@ -526,8 +525,7 @@ def test_the_table_agrees_with_open_images_own_files(data):
         "Bull", "Computer monitor", "GolfBall", "Kitchen knife", "Mixing bowl", "Studio couch", "Taxi"
     }  # fmt: skip
     for coco, mid in same.items():  # what is below a shared class is shared, or another category's
-        for child in below[mid] - set(mine):
-            assert names[child] in {"Football helmet"}, (coco, names[child])
+        assert below[mid] <= set(mine), coco
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "bodyparts-train", "bodyparts-test", "roboflow"])
