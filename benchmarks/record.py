@@ -28,6 +28,8 @@ PACKAGES = (
     "selectivesearch",
     "scikit-image",
     "accelerate",
+    "pyarrow",
+    "pandas",
 )
 
 

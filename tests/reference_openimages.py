@@ -110,8 +110,11 @@ def choose_with_pandas(path, mids, category_of, limits, most, seed):
     by_image = {}
     for (identity, name), number in counts.items():
         by_image.setdefault(identity, []).append((name, number))
+    images = pd.Series(sorted(by_image))
+    numbers = np.array([int(identity, 16) for identity in images], dtype=np.uint64).view(np.int64)
+    words = geoaug.Key(seed, 0, numbers).fold("openimage_mini").words("order", 1).numpy()
     running, chosen = dict.fromkeys(limits, 0), []
-    for identity in in_order(by_image, seed):
+    for identity in images[np.lexsort((words[:, 1], words[:, 0]))]:
         if len(chosen) == most:
             break
         if all(running[name] + number <= limits[name] for name, number in by_image[identity]):
