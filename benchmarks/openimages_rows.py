@@ -59,7 +59,7 @@ def write_rows(path, images, *, clicks=False, seed=0):
             image, labels = np.repeat(np.repeat(np.arange(len(part)), distinct), each), np.repeat(labels, each)
             n = len(image)
             octets = part[image].astype(">u8").view(np.uint8).reshape(n, 8)
-            sides = np.sort(g.integers(0, 10**6, (2, n, 2)), axis=2) + [0, 1]  # never without area
+            sides = np.sort(g.integers(0, 10**6, (2, n, 2)), axis=2) + np.arange(2)  # never without area
             source = pa.array((g.random(n) < 0.1).astype(np.int8))
             columns = {
                 "ImageID": _fixed(_DIGITS[np.stack((octets >> 4, octets & 15), axis=2).reshape(n, 16)]),

@@ -105,7 +105,7 @@ def choose_with_pandas(path, mids, category_of, limits, most, seed):
     good &= ((sides >= 0) & (sides <= 1)).all(axis=1) & (table.XMin < table.XMax) & (table.YMin < table.YMax)
     table = table[good]
     table = table.drop_duplicates(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"])
-    table["category"] = table.LabelName.map(category_of)
+    table = table.assign(category=table.LabelName.map(category_of))
     counts = table.dropna(subset=["category"]).groupby(["ImageID", "category"], observed=True).size()
     by_image = {}
     for (identity, name), number in counts.items():
