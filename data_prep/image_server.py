@@ -88,10 +88,10 @@ class ImageServer:
             raise FetchError("stalled", f"no whole answer in {self._timeout:g} s") from None
         except http.client.IncompleteRead:
             raise FetchError("cut short", "ended within a part of a body sent in parts") from None
-        except (http.client.HTTPException, ValueError) as error:
-            raise FetchError("no answer", f"{type(error).__name__} {error}".strip()) from None
         except OSError as error:
             raise FetchError("no connection", error.strerror or str(error) or type(error).__name__) from None
+        except (http.client.HTTPException, ValueError) as error:
+            raise FetchError("no answer", f"{type(error).__name__} {error}".strip()) from None
 
     def _route(self, parts: SplitResult) -> _Route:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection

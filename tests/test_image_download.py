@@ -95,9 +95,11 @@ def test_what_the_server_has_not_is_not_asked_for_again(tmp_path, status, kind):
         got = download(wanted(server, tmp_path))
         assert server.asked[IDS[2]] == 1
         if kind is None:
-            assert (got.missing, got.failures) == ([IDS[0], IDS[2]], {})
+            assert (got.missing, got.failures) == (sorted((IDS[0], IDS[2])), {})
         else:
-            assert got.failures == {kind: [(identity, f"HTTP {status} Told So") for identity in (IDS[0], IDS[2])]}
+            assert got.failures == {
+                kind: [(identity, f"HTTP {status} Told So") for identity in sorted((IDS[0], IDS[2]))]
+            }
 
 
 def test_the_server_says_when_to_come_again(tmp_path):
@@ -135,7 +137,7 @@ def test_a_server_that_is_not_there(tmp_path, monkeypatch):
     with serving(IMAGES) as server:
         pass
     got = download(wanted(server, tmp_path, retries=1))
-    assert [identity for identity, _ in got.failures["no connection"]] == IDS
+    assert [identity for identity, _ in got.failures["no connection"]] == sorted(IDS)
     monkeypatch.setattr(image_download, "_IN_A_ROW", 3)
     got = download(wanted(server, tmp_path, retries=0, connections=1))
     assert "3 images in a row were not to be had" in got.stopped
