@@ -7,8 +7,9 @@
 `object-knn` names each object of --data by its nearest objects of --bank; without a bank, images are split 80/20 by a
 hash of their ids. `disturbed-knn` does so with everything outside an image's objects replaced by another image.
 `unsupervised-segmentation` is of a segmentation run's head, or of k-means on any backbone (measure_segmentation.py).
-`coupling-rate` (1 is ideal) and `position-similarity` (1 is ideal, and a random net's) are per layer. The backbone is
-in eval mode; `--weights random` is one that never saw an image. Sizes, N and k are our choice: docs/evaluation.md.
+`coupling-rate` (1 is ideal) and `position-similarity` (1 is ideal, and a random net's) are per layer. `correspondence`
+(1 is ideal) is the share of cells that find their place again in a mirrored and coloured picture. The backbone is in
+eval mode; `--weights random` is one that never saw an image. Sizes, N and k are our choice: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import geoaug
 from geoaug import metrics
 from trainers import common
 from trainers.evaluation import SHARE, Config, backbone_of, images_of, known, pool
+from trainers.measure_correspondence import correspondence
 from trainers.measure_segmentation import segmentation
 
 
@@ -114,6 +116,7 @@ TASKS: dict[str, Callable[[Config, metrics.Backbone], dict[str, Any]]] = {
     "coupling-rate": coupling,
     "position-similarity": position,
     "unsupervised-segmentation": segmentation,
+    "correspondence": correspondence,
 }
 
 

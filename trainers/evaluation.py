@@ -16,7 +16,9 @@ import geoaug
 from geoaug import metrics
 from trainers import common
 
-Task = Literal["object-knn", "disturbed-knn", "coupling-rate", "position-similarity", "unsupervised-segmentation"]
+Task = Literal[
+    "object-knn", "disturbed-knn", "coupling-rate", "position-similarity", "correspondence", "unsupervised-segmentation"
+]  # fmt: skip
 SHARE = 0.8  # of the images in the bank, where --data is split
 
 
@@ -29,7 +31,7 @@ class Config:
     weights: str
     """A run folder, a .pth or .safetensors with torchvision's names, or random."""
     data: Path
-    """A COCO json, a .beton with objects, or for position-similarity any images."""
+    """A COCO json, a .beton with objects, or for position-similarity and correspondence any images."""
     bank: Path | None = None
     """The images whose objects are the neighbours; by default 80 % of --data."""
     images: Path | None = None
@@ -39,15 +41,15 @@ class Config:
     arch: str = "resnet50"
     """Architecture of the weights."""
     layer: str = "c5"
-    """The map objects are read from: stem, c2, c3, c4 or c5."""
+    """The map objects and correspondence are read from: stem, c2, c3, c4 or c5."""
     size: int = 800
     """Short side of the images objects are read from."""
     max_size: int = 1333
     """Their longest side."""
     tile: int = 224
-    """Side of the tiles of coupling-rate and position-similarity."""
+    """Side of the tiles of coupling-rate and position-similarity, and of correspondence's images."""
     count: int = 1000
-    """Pairs of objects, or images, of coupling-rate and position-similarity."""
+    """Pairs of objects, or images, of coupling-rate, position-similarity and correspondence."""
     k: tuple[int, ...] = (20, 10, 100, 200)
     """Numbers of neighbours; the first is the headline."""
     per_image: int = 3

@@ -2,6 +2,7 @@
 
 from .backbone import Backbone, tile_means
 from .canvases import disturb, object_tiles, resize, side_by_side, tiled
+from .correspondence import Correspondence, correspondence_accuracy
 from .coupling import CouplingRate, coupling_rate, different_pairs, position_similarity
 from .neighbours import Accuracy, choose_objects, object_features, object_knn, other_images
 from .segmentation import SegmentationScore, confusion, hungarian_miou
@@ -9,10 +10,12 @@ from .segmentation import SegmentationScore, confusion, hungarian_miou
 __all__ = [
     "Accuracy",
     "Backbone",
+    "Correspondence",
     "CouplingRate",
     "SegmentationScore",
     "choose_objects",
     "confusion",
+    "correspondence_accuracy",
     "coupling_rate",
     "different_pairs",
     "disturb",
