@@ -23,16 +23,21 @@ import torch
 
 from benchmarks.record import alternate, save, spread
 from geoaug import Batch, open_loader
-from trainers import byol, common, scrl
+from trainers import byol, common, lc_loss, scrl
 
 # Of each paper: its trainer, what its forward takes beside the batch, and the passes of the BYOL it is compared with.
 PAPERS: dict[str, tuple[ModuleType, Callable[[Batch, Any], tuple[Any, ...]], dict[str, Any]]] = {
     "scrl": (scrl, lambda batch, config: _with_count(scrl.find_pairs(batch, config)), {"forward": "joint"}),
+    "lc": (lc_loss, lambda batch, config: _with_counts(batch, *lc_loss.find_cells(batch, config)), {}),
 }
 
 
 def _with_count(pairs: scrl.Pairs) -> tuple[scrl.Pairs, torch.Tensor]:
     return pairs, pairs.valid.sum().float()
+
+
+def _with_counts(batch: Batch, points: torch.Tensor, valid: torch.Tensor) -> tuple[Any, ...]:
+    return points, valid, torch.cat((batch.ok.sum()[None], valid.any(2).sum(1))).float(), 0.0
 
 
 def step_of(
@@ -75,7 +80,7 @@ def measure(paper: str, args: argparse.Namespace, device: torch.device) -> dict[
     """Seconds of a step of the paper and of BYOL in turn."""
     trainer, inputs, passes = PAPERS[paper]
     shape = {"arch": args.arch, "size": args.size, "batch_size": args.batch_size}
-    ours, theirs = trainer.Config(**shape), byol.Config(**shape, **passes)
+    ours, theirs = trainer.Config(**shape).filled(), byol.Config(**shape, **passes)
     batch = views(trainer, ours, device)
     steps = {
         paper: step_of(trainer, ours, batch, inputs),

@@ -1,7 +1,7 @@
 """A trained backbone in the files that other libraries load: torchvision, timm, detectron2, mmdet, safetensors.
 
-Everything starts from a ResNet's tensors under torchvision's names, as `read_backbone` gives them. What a name does not
-say, and the other side must be told:
+Everything starts from a ResNet's tensors under torchvision's names, as `read_backbone` gives them; a Swin Transformer's
+can be written under these names alone. What a name does not say, and the other side must be told:
 
 * the stride of a bottleneck is in its 3x3 convolution: detectron2 `MODEL.RESNETS.STRIDE_IN_1X1 False`, mmdet
   `style="pytorch"`; timm and torchvision have it there;
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .geometry import checks
+from .weights import SWIN
 
 Format = Literal["torchvision", "timm", "detectron2", "mmdet", "safetensors"]
 
@@ -34,10 +35,14 @@ _NAME = re.compile(r"(?:(layer[1-4])\.(\d+)\.)?(?:(conv|bn)([1-3])|downsample\.(
 def trunk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a ResNet's trunk, checked to be all there: torchvision's names, without the classifier `fc`.
 
+    A Swin-T's go as they are, without its classifier `head`.
+
     >>> import torchvision
     >>> len(trunk(torchvision.models.resnet18().state_dict()))
     120
     """
+    if SWIN in state:
+        return _swin(state)
     kept = {name: x for name, x in state.items() if not name.startswith("fc.")}
     for name, x in kept.items():
         match = _NAME.fullmatch(name)
@@ -47,6 +52,17 @@ def trunk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     missing = [name for name in _needed(kept) if name not in kept]
     checks.require(not missing, "trunk", "state", "whole", f"one without {', '.join(missing[:3])}")
     return kept
+
+
+def _swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Swin-T's tensors, checked to be all there."""
+    from torchvision.models import swin_t  # here, since torchvision takes a second to import
+
+    with torch.device("meta"):
+        names = [name for name in swin_t(weights=None).state_dict() if not name.startswith("head.")]
+    missing = [name for name in names if name not in state]
+    checks.require(not missing, "trunk", "state", "whole", f"one without {', '.join(missing[:3])}")
+    return {name: state[name] for name in names}
 
 
 def _needed(state: Mapping[str, Tensor]) -> list[str]:
@@ -140,6 +156,8 @@ def write_backbone(state: Mapping[str, Tensor], to: Format, out: Path | str, *, 
     suffix = _SUFFIX.get(to, ".pth")
     checks.require(out.suffix == suffix, where, "out", f"a {suffix} file for {to}", str(out))
     checks.require(to == "detectron2" or not box_head, where, "box_head", "False but for detectron2", box_head)
+    known = SWIN not in state or to in ("torchvision", "safetensors")
+    checks.require(known, where, "to", "torchvision or safetensors for a Swin Transformer", repr(to))
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     try:

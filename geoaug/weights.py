@@ -12,6 +12,7 @@ from torch import Tensor
 from .geometry import checks
 
 CHECKPOINT = 1  # format of a trainer's checkpoint
+SWIN = "features.0.0.weight"  # torchvision's name for a Swin Transformer's first weights, which no ResNet has
 _WRAPPERS = ("state_dict", "model")  # where other tools put the weights inside their files
 
 
@@ -24,7 +25,7 @@ def latest(path: Path) -> Path | None:
 
 
 def read_backbone(path: Path | str) -> dict[str, Tensor]:
-    """A ResNet's weights under torchvision's names, without its classifier.
+    """The weights of a ResNet, or of a Swin Transformer, under torchvision's names, without the classifier.
 
     `path` is a run folder or checkpoint of a trainer (its student's trunk), or a .pth or .safetensors of torchvision's
     names, bare or under "state_dict" or "model".
@@ -42,8 +43,9 @@ def read_backbone(path: Path | str) -> dict[str, Tensor]:
         weights = {n.removeprefix(prefix): x for n, x in state["model"].items() if n.startswith(prefix)}
     else:
         inner = next((state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)), state)
-        weights = {name: x for name, x in inner.items() if isinstance(x, Tensor) and not name.startswith("fc.")}
-    needed = ("conv1.weight", "bn1.weight", "layer4.0.conv1.weight")
+        classifier = "head." if SWIN in inner else "fc."
+        weights = {name: x for name, x in inner.items() if isinstance(x, Tensor) and not name.startswith(classifier)}
+    needed = ("norm.weight",) if SWIN in weights else ("conv1.weight", "bn1.weight", "layer4.0.conv1.weight")
     missing = [name for name in needed if name not in weights]
     got = f"{file.name} without {', '.join(missing)}"
     checks.require(not missing, where, "path", "a ResNet under torchvision's names", got)

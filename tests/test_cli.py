@@ -202,11 +202,19 @@ def test_cells_that_are_not_valid_are_dark():
     assert celled[0, 10, 30] == 70
 
 
-@pytest.mark.parametrize(
-    "script", ["two_views.py", "boxes_and_regions.py", "region_composites.py", "in_your_own_code.py", "train_tiny.py"]
-)
+EXAMPLES = {
+    "two_views.py": (),
+    "boxes_and_regions.py": (),
+    "region_composites.py": (),
+    "in_your_own_code.py": ("--steps", "1"),
+    "train_tiny.py": ("--steps", "1"),
+    "add_lc_loss.py": ("--epochs", "1"),
+}
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
 def test_examples_run_as_a_user_runs_them(tmp_path, script):
-    options = ["--steps", "1"] if script in ("in_your_own_code.py", "train_tiny.py") else ["--out", str(tmp_path)]
+    options = EXAMPLES[script] or ("--out", str(tmp_path))
     command = [sys.executable, str(ROOT / "examples" / script), *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr

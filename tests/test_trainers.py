@@ -17,11 +17,12 @@ import geoaug
 from data_prep import make_scenes
 from geoaug import Key
 from tests import training
-from trainers import byol, common, d3ssl, moco_v2, scrl, soco
+from trainers import byol, common, d3ssl, lc_loss, moco_v2, scrl, soco
 
-TRAINERS = {"moco_v2": moco_v2, "soco": soco, "d3ssl": d3ssl, "byol": byol, "scrl": scrl}
+TRAINERS = {"moco_v2": moco_v2, "soco": soco, "d3ssl": d3ssl, "byol": byol, "scrl": scrl, "lc_loss": lc_loss}
 FPN = ("--form", "fpn", "--roi-size", "7")
 BIG = ("--size", "64", "--min-side", "4")  # views in which some proposals are seen
+DINO = ("--preset", "demo-dino", "--dim", "64")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +98,7 @@ def farthest(a, b):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-WHOLE = [("moco_v2", 1), ("d3ssl", 2), ("scrl", 2)]
+WHOLE = [("moco_v2", 1), ("d3ssl", 2), ("scrl", 2), ("lc_loss", 1)]
 
 
 @pytest.fixture(scope="module", params=WHOLE, ids=[f"{method}, {world} processes" for method, world in WHOLE])
@@ -106,7 +107,7 @@ def whole(request, scenes, tmp_path_factory):
     method, world = request.param
     folder = tmp_path_factory.mktemp("whole")
     more = ["--epochs", "8", "--max-steps", "9", "--save-every", "2"]
-    more += ["--min-side", "4"] if method == "d3ssl" else []
+    more += {"d3ssl": ["--min-side", "4"], "lc_loss": list(DINO)}.get(method, [])
     command = training.command(method, scenes, folder / "run", *more)
     assert training.train(method, command, folder / "log", world=world) == [0] * world
     # Nothing is printed but what was written: no warning either.
@@ -191,6 +192,8 @@ def test_two_processes_of_torchrun_are_one(broken, tmp_path):
         ("d3ssl", ()),
         ("byol", ("--lr", "0.1")),
         ("scrl", ("--lr", "0.1", "--on-fail", "drop", "--mean", "images")),
+        ("lc_loss", ("--lr", "0.1", "--symmetric-local", "on")),
+        ("lc_loss", DINO),
     ],
 )
 def test_two_processes_are_one(method, more, broken, tmp_path):
@@ -245,6 +248,14 @@ SWITCHES = {
         "--max-iou 1 --on-fail drop --jitter inf --target copy --forward apart --precision bf16",
         "--boxes 1 --crop 0.5 --norm batch --render device",
     ],
+    "lc_loss": [
+        "--local mse --symmetric-global off --local-relu off --accumulate 2",
+        "--symmetric-local on --swap-colors on --target copy --forward joint --precision bf16",
+        "--alpha 1 --crop 0.5 --temperature 1 --arch resnet10-tiny --norm batch --render device",
+        "--preset demo-dino --dim 64 --clip 0.1 --frozen-epochs 0 --teacher-epochs 0 --target random --accumulate 2",
+        "--preset demo-dino --dim 64 --student-temperature 0.2 --teacher-temperature 0.1 0.1 --centre-momentum 0"
+        " --symmetric-global off --alpha 0 --precision bf16",
+    ],
 }
 
 
@@ -285,7 +296,8 @@ def batches(scenes):
     return made
 
 
-MODELS = [("moco_v2", ()), ("soco", ()), ("soco", FPN), ("d3ssl", ()), ("byol", ()), ("scrl", ())]
+MODELS = [("moco_v2", ()), ("soco", ()), ("soco", FPN), ("d3ssl", ()), ("byol", ()), ("scrl", ()), ("lc_loss", ())]
+MODELS += [("lc_loss", ("--local", "mse", "--symmetric-local", "on")), ("lc_loss", DINO)]
 
 
 def model_and_inputs(method, batch, more=()):
@@ -307,6 +319,9 @@ def model_and_inputs(method, batch, more=()):
     if method == "scrl":
         pairs = scrl.find_pairs(batch, config)
         return model, (batch, pairs, pairs.valid.sum().float())
+    if method == "lc_loss":
+        points, valid = lc_loss.find_cells(batch, config)
+        return model, (batch, points, valid, torch.cat((batch.ok.sum()[None], valid.any(2).sum(1))).float(), 0.07)
     return model, (batch, batch.ok.sum().float())
 
 
@@ -439,6 +454,12 @@ WRONG = [
     ("d3ssl", "--proposals /no/such/store", "/no/such/store"),
     ("soco", "--boxes 0", "--boxes must be at least 1, got 0"),
     ("byol", "--crop 0", "--crop must be in (0, 1], got 0.0"),
+    ("lc_loss", "--size 80", "--size must be a multiple of the 32 pixels of a cell, got 80"),
+    ("lc_loss", "--alpha 1.5", "--alpha must be in [0.0, 1], got 1.5"),
+    ("lc_loss", "--clip 1", "--clip is DINO's and needs --base dino"),
+    ("lc_loss", "--symmetric-local on --symmetric-global off", "--symmetric-local on needs --symmetric-global on"),
+    ("lc_loss", "--arch swin_b", "--arch must be one of resnet10-tiny, "),
+    ("scrl", "--arch swin_t", "--arch must be one of resnet10-tiny, "),
     ("byol", "--monitor on", "--monitor on needs labels: images in subfolders of two classes at least, got 0"),
     ("scrl", "--min-side 0", "--min-side must be over 0 and at most 31, got 0"),
     ("scrl", "--min-side 32", "--min-side must be over 0 and at most 31, got 32"),

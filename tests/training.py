@@ -25,6 +25,7 @@ OF = {
     "d3ssl": ("--queue", "256", "--roi-size", "4"),
     "byol": (),
     "scrl": ("--min-side", "8"),
+    "lc_loss": ("--size", "64", "--local-dim", "16"),  # at 32 a map is one cell
 }
 PATIENCE = 120  # seconds after which a process counts as hung
 OF |= {

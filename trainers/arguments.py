@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -29,7 +29,8 @@ _LEAST = {
     "lr": 0.0, "weight_decay": 0.0, "warmup_epochs": 0.0, "ema": 0.0, "momentum": 0.0, "temperature": 1e-6,
     "queue": 1, "dim": 1, "hidden": 1, "boxes": 1, "roi_size": 1, "bottleneck": 1, "grid": 1, "channels": 2,
     "classes": 2, "aux": 0, "seg_weight": 0.0,
-    "dense_weight": 0.0, "region_weight": 0.0, "region_start": 0.0,
+    "dense_weight": 0.0, "region_weight": 0.0, "region_start": 0.0, "local_dim": 1, "student_temperature": 1e-6,
+    "teacher_epochs": 0.0, "frozen_epochs": 0.0, "clip": 1e-6,
 }  # fmt: skip
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -95,6 +96,10 @@ class RunConfig:
     cpu: bool = False
     """Train on the CPU even where there is a GPU."""
 
+    def filled(self) -> Any:
+        """The same with the numbers that follow from others, for trainers that have such."""
+        return self
+
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -121,7 +126,8 @@ def parse(kind: type[C], presets: dict[str, C], arguments: list[str] | None = No
     if name and name not in presets:
         raise UsageError(f"--preset must be one of {', '.join(presets)}, got {name}")
     default = dataclasses.replace(presets[name], preset=name) if name else kind()
-    return tyro.cli(kind, args=arguments, default=default, description=sys.modules[kind.__module__].__doc__)
+    config = tyro.cli(kind, args=arguments, default=default, description=sys.modules[kind.__module__].__doc__)
+    return config.filled()
 
 
 def launch(main: Callable[[C], None], kind: type[C], presets: dict[str, C]) -> None:
@@ -143,7 +149,7 @@ class TrainingError(Exception):
     """What ended a run while it trained."""
 
 
-def start(config: RunConfig, *, rows: int = 1) -> Accelerator:
+def start(config: RunConfig, *, rows: int = 1, arches: Sequence[str] = ARCHES) -> Accelerator:
     """The accelerator of a run, after all that can be wrong in the arguments; `rows` must divide each micro-batch."""
     if config.data is None:
         raise UsageError("--data must name a .beton, a folder of images, a list or a COCO json, got none")
@@ -153,8 +159,8 @@ def start(config: RunConfig, *, rows: int = 1) -> Accelerator:
         value = getattr(config, name, None)
         if value is not None and not value >= low:  # so that a NaN is refused too
             raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    if config.arch not in ARCHES:
-        raise UsageError(f"--arch must be one of {', '.join(ARCHES)}, got {config.arch}")
+    if config.arch not in arches:
+        raise UsageError(f"--arch must be one of {', '.join(arches)}, got {config.arch}")
     on_gpu = not config.cpu and torch.cuda.is_available()
     precision = config.precision
     if precision == "auto":

@@ -16,6 +16,7 @@ from .arguments import (
 from .byol_parts import Forward, Target, both_ways, byol_head, of_views, target_of
 from .checkpoints import load_checkpoint, save_checkpoint
 from .dense_heads import at_points, categories_in_use, conv_head
+from .dino_parts import Centre, DinoFlags, DinoHead, clip_each, dino_flags, self_distillation
 from .monitors import Monitor, classes_of, monitored, watched
 from .networks import (
     AllReduceBatchNorm,
@@ -31,20 +32,25 @@ from .networks import (
     summed,
     with_norm,
 )
-from .optimizers import LARS, Queue, cosine_lr, cosine_momentum, frozen, move_teacher, set_lr, weights_and_vectors
+from .optimizers import LARS, Queue, cosine_lr, cosine_momentum, frozen, move_teacher, ramp, set_lr, weights_and_vectors
 from .region_views import Cutout, Jitter, OnOff, RegionLaw, choose_boxes, jittered, kept_pixels, need_boxes
 from .runs import Run
 from .segmentation_net import LightPyramid, SegmentationNet, read_segmenter
 from .shared_points import PointLaw, SharedPoints, share_points
 from .siamese import SPREAD_FLOORS, PredictorLR, Similarity, check_norm, siamese_groups, symmetrised
+from .swin import SWINS, SwinTrunk
 
 __all__ = [
     "ARCHES",
     "LARS",
     "REQUEUE",
     "SPREAD_FLOORS",
+    "SWINS",
     "AllReduceBatchNorm",
+    "Centre",
     "Cutout",
+    "DinoFlags",
+    "DinoHead",
     "Forward",
     "Jitter",
     "LightPyramid",
@@ -61,6 +67,7 @@ __all__ = [
     "SegmentationNet",
     "SharedPoints",
     "Similarity",
+    "SwinTrunk",
     "Target",
     "TrainingError",
     "Trunk",
@@ -72,9 +79,11 @@ __all__ = [
     "check_norm",
     "choose_boxes",
     "classes_of",
+    "clip_each",
     "conv_head",
     "cosine_lr",
     "cosine_momentum",
+    "dino_flags",
     "flag",
     "frozen",
     "jittered",
@@ -90,9 +99,11 @@ __all__ = [
     "open_data",
     "parse",
     "prepare_model",
+    "ramp",
     "read_segmenter",
     "region_head",
     "save_checkpoint",
+    "self_distillation",
     "set_lr",
     "share_points",
     "shuffled",

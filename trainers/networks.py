@@ -16,6 +16,7 @@ from geoaug import Key
 from geoaug.weights import read_backbone
 
 from .arguments import ARCHES, Norm, RunConfig, UsageError
+from .swin import SWINS, SwinTrunk
 
 
 class _Narrow(ResNet):
@@ -98,9 +99,9 @@ class Trunk(nn.Module):
         return self.maps(images)[-1]
 
 
-def make_trunk(arch: str, init: str = "none", *, zero_init: bool = False) -> Trunk:
+def make_trunk(arch: str, init: str = "none", *, zero_init: bool = False) -> Trunk | SwinTrunk:
     """A trunk from scratch, or from the weights of `init`: a run, a .pth or a .safetensors."""
-    trunk = Trunk(arch, zero_init=zero_init)
+    trunk = SwinTrunk(arch) if arch in SWINS else Trunk(arch, zero_init=zero_init)
     if init != "none":
         try:
             weights = read_backbone(init)

@@ -39,6 +39,15 @@ def cosine_momentum(step: int, total: int, *, base: float) -> float:
     return 1 - (1 - base) * (math.cos(math.pi * step / max(1, total)) + 1) / 2
 
 
+def ramp(step: int, steps: int, first: float, last: float) -> float:
+    """From `first` to `last` in a straight line over so many steps, and `last` from then on.
+
+    >>> [round(ramp(step, 10, 0.04, 0.07), 4) for step in (0, 5, 10, 99)]
+    [0.04, 0.055, 0.07, 0.07]
+    """
+    return first + (last - first) * min(1.0, step / max(1, steps))
+
+
 @torch.no_grad()
 def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, parameters only; after the optimiser's step."""
