@@ -27,9 +27,11 @@ def shape_of(x: Any) -> str:
     """What came, for an error: `float32 [4, 2]` for a tensor, else its repr."""
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-    if is_dataclass(x):  # asked for at every call, error or not, and a key would print its ids: a millisecond
+    # Asked for at every call, error or not: a key would print its ids, a list of specs each of its fields.
+    if is_dataclass(x) or (isinstance(x, (list, tuple)) and len(x) > 0 and is_dataclass(x[0])):
         return type(x).__name__
-    return repr(x) if len(repr(x)) < 80 else type(x).__name__
+    text = repr(x)
+    return text if len(text) < 80 else type(x).__name__
 
 
 def values_visible(x: Tensor) -> bool:

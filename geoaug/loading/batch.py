@@ -82,6 +82,8 @@ def pad_boxes(
     valid = np.zeros((batch, slots), dtype=np.bool_)
     classes = np.full((batch, slots), -1, dtype=np.int64)
     for i, (candidates, names) in enumerate(zip(boxes, labels, strict=True)):
+        if len(candidates) == 0:
+            continue
         rows = np.arange(len(candidates))
         if len(rows) > slots:
             draws = key[i].uniform("candidates", len(rows))[0].numpy()
