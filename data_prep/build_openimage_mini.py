@@ -14,6 +14,7 @@ from the public bucket, or what is missing of them, and fills the sizes into ins
 
 import argparse
 import sys
+import threading
 import time
 from collections import Counter
 from importlib import metadata
@@ -23,7 +24,7 @@ from data_prep.image_download import QUALITY, Downloaded, Wanted, download
 from data_prep.image_server import check_address
 from data_prep.openimages_arguments import arguments, prepared
 from data_prep.openimages_boxes import CsvError, Read, read_boxes
-from data_prep.openimages_choice import Choice, Rules, choose, without_repeats
+from data_prep.openimages_choice import Choice, Rules, choose, compile_kernels, without_repeats
 from data_prep.openimages_classes import Classes, Shared
 from data_prep.openimages_outputs import fingerprint, hex_ids, image_ids, instances, write_json, write_parts
 from data_prep.openimages_statistics import page, statistics
@@ -80,6 +81,7 @@ def _manifest(args: argparse.Namespace, read: Read, choice: Choice, shared: Shar
 def _build(args: argparse.Namespace, classes: Classes, shared: Shared, rules: Rules, split: str) -> int:
     """Read, choose, write, download: the exit status."""
     started = time.monotonic()
+    threading.Thread(target=compile_kernels, daemon=True).start()
     read = read_boxes(args.boxes, classes)
     kept = without_repeats(read.boxes, read.problems)
     _tell_problems(read, args.strict)

@@ -112,6 +112,15 @@ def _choose(order, starts, ends, allowed, category, counted, limits, most, runni
     return number
 
 
+def compile_kernels() -> None:
+    """Compile what `choose` needs; a thread may do it while the file is read."""
+    none, rows = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
+    corners = np.zeros((0, 4), dtype=np.float32)
+    seeded_order(none.view(np.uint64), 0)
+    _mark_repeats(none, none, none.astype(np.uint16), corners, _FEW, rows)
+    _choose(none, none, none, rows, none.astype(np.int16), rows, none, 0, none, none, none)
+
+
 def seeded_order(ids: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.int64]:
     """The rows of rising ids in the order that a seed gives them."""
     bits = np.empty(len(ids), dtype=np.uint64)
