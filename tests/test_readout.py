@@ -76,6 +76,18 @@ def test_points_follow_a_mirrored_map():
     assert torch.allclose(sample_points(maps, points), sample_points(maps.flip(-1), mirrored))
 
 
+@pytest.mark.parametrize("size", [(11, 9), (3, 20), 56, (1, 1), (5, 7)])
+def test_points_of_an_upsampled_map_are_read_without_making_it(size):
+    maps, points = features(2, 3, H, W).requires_grad_(), features(2, 40, 2, seed=1) * 0.7 + 0.5
+    read = sample_points(maps, points, upsample=size)
+    whole = sample_points(functional.interpolate(maps, size, mode="bilinear", align_corners=False), points)
+    assert torch.allclose(read, whole, atol=1e-12)
+    weights = features(2, 40, 3, seed=2)
+    found, expected = (torch.autograd.grad((x * weights).sum(), maps)[0] for x in (read, whole))
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert sample_points(maps.bfloat16(), points.float(), upsample=size).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(("output", "ratio"), [(1, 0), (3, 0), ((2, 3), 0), (2, 2)])
 def test_boxes_against_the_loop(aligned, output, ratio):

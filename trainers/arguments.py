@@ -31,6 +31,7 @@ _LEAST = {
     "classes": 2, "aux": 0, "seg_weight": 0.0,
     "dense_weight": 0.0, "region_weight": 0.0, "region_start": 0.0, "local_dim": 1, "student_temperature": 1e-6,
     "teacher_epochs": 0.0, "frozen_epochs": 0.0, "clip": 1e-6,
+    "slots": 1, "points": 1, "upsample": 1, "chunk": 1, "affinity_warmup": 0.0, "teacher_temperature": 1e-6,
 }  # fmt: skip
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -197,6 +198,7 @@ def start(config: RunConfig, *, rows: int = 1, arches: Sequence[str] = ARCHES) -
 def open_data(
     config: RunConfig, specs: Sequence[geoaug.ViewSpec], accelerator: Accelerator, *, proposals: Path | None = None,
     only: Path | None = None, replay: bool = False,
+    label_map: Literal["instance", "semantic"] | None = None,
 ) -> Loader:  # fmt: skip
     """The loader of a run: this process's part of each batch, its views on the run's device."""
     try:
@@ -205,6 +207,7 @@ def open_data(
             rank=accelerator.process_index, world=accelerator.num_processes, proposals=proposals,
             workers=config.workers, device=accelerator.device, render=config.render, on_error="mask",
             only=only, replay=replay,
+            label_map=label_map,
         )  # fmt: skip
     except (ValueError, OSError, ImportError, geoaug.LoadError) as error:
         raise UsageError(f"--data {config.data}: {error}") from None

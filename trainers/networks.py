@@ -244,17 +244,27 @@ def summed(x: Tensor) -> Tensor:
 def shuffled(encoder: Callable[..., Any], key: Key, *inputs: Tensor) -> Any:
     """encoder(*inputs) with the rows of all processes dealt anew, so that no batch norm sees a query with its key.
 
-    The deal is drawn from the key; outputs, a tensor or a tuple of them, come back in the rows' own order.
+    The deal is drawn from the key. What belongs to a row, as its boxes or points do, is an input and goes with it;
+    every output, be it one tensor or a tuple, comes back in the rows' own order.
     """
     rank, size = dist.get_rank(), len(inputs[0])
-    deal = torch.argsort(_gathered(key.uniform("shuffle", 1)[:, 0]), stable=True)
+    deal = torch.argsort(gathered(key.uniform("shuffle", 1)[:, 0]), stable=True)
     mine = deal[rank * size : (rank + 1) * size]
-    outputs = encoder(*(_gathered(x)[mine] for x in inputs))
     back = torch.argsort(deal)[rank * size : (rank + 1) * size]
-    return tuple(_gathered(x)[back] for x in outputs) if isinstance(outputs, tuple) else _gathered(outputs)[back]
+    outputs = encoder(*(gathered(x)[mine] for x in inputs))
+    return gathered(outputs)[back] if isinstance(outputs, Tensor) else tuple(gathered(x)[back] for x in outputs)
 
 
-def _gathered(x: Tensor) -> Tensor:
+def rank() -> int:
+    """Which of the processes this one is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, in their order; no gradient."""
+    if not dist.is_initialized():
+        return x.detach()
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)

@@ -34,22 +34,47 @@ def _wide(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-def sample_points(features: Float[Tensor, "B C h w"], points: Float[Tensor, "B P 2"]) -> Float[Tensor, "B P C"]:
+def sample_points(
+    features: Float[Tensor, "B C h w"],
+    points: Float[Tensor, "B P 2"],
+    *,
+    upsample: int | tuple[int, int] | None = None,
+) -> Float[Tensor, "B P C"]:
     """The features at points (x, y), bilinear between cell centres; beyond the outermost centres the border's value.
+
+    With `upsample` they are those of the map after a bilinear resize to that size (PLRC), which is never made: a point
+    of it is a mean of the map's own cells.
 
     >>> features = torch.tensor([[[[10.0, 20.0]]]])
     >>> sample_points(features, torch.tensor([[[0.25, 0.5], [0.5, 0.5], [2.0, 0.5]]])).flatten()
     tensor([10., 15., 20.])
+    >>> sample_points(features, torch.tensor([[[0.3125, 0.5]]]), upsample=(1, 8)).flatten()
+    tensor([11.2500])
     """
     features = _check_features(features, "sample_points")
     points = checks.floats(points, 2, "sample_points", "points", f"floating points [{len(features)}, P, 2]")
     ok = points.ndim == 3 and len(points) == len(features)
     checks.require(ok, "sample_points", "points", f"floating points [{len(features)}, P, 2]", checks.shape_of(points))
     wide = _wide(features)
-    grid = (2 * points - 1).to(wide.dtype)[:, None]  # [B, 1, P, 2], edges at -1 and 1
     with torch.autocast(features.device.type, enabled=False):
+        if upsample is not None:
+            tall, across = checks.pair_of_sizes(upsample, "sample_points", "upsample")
+            x = _weights(points[..., 0].to(wide.dtype), wide.shape[3], across)  # [B, P, w]
+            y = _weights(points[..., 1].to(wide.dtype), wide.shape[2], tall)
+            weights = (y[..., None] * x[..., None, :]).flatten(2)  # [B, P, h*w]
+            return torch.bmm(weights, wide.flatten(2).mT).to(features.dtype)
+        grid = (2 * points - 1).to(wide.dtype)[:, None]  # [B, 1, P, 2], edges at -1 and 1
         read = functional.grid_sample(wide, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return read[:, :, 0].mT.to(features.dtype)  # [B, P, C]
+
+
+def _weights(at: Tensor, cells: int, fine: int) -> Tensor:
+    """What each of the cells of one axis counts [B, P, cells] at points of the axis resized to `fine` cells."""
+    own = torch.eye(cells, dtype=at.dtype, device=at.device)[None]
+    resized = functional.interpolate(own, fine, mode="linear", align_corners=False)[0]  # [cells, fine]
+    place = (at * fine - 0.5).clamp(0, fine - 1)
+    far = (place[..., None] - torch.arange(fine, dtype=at.dtype, device=at.device)).abs()  # [B, P, fine]
+    return (1 - far).clamp(min=0) @ resized.mT
 
 
 def roi_features(
