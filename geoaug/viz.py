@@ -158,6 +158,26 @@ def source_grid(picture: Picture, view_from_source: AxisAffine, n: int) -> Pictu
     return mixed.round().to(torch.uint8)
 
 
+def heat(values: Float[Tensor, "h w"], size: tuple[int, int]) -> Picture:
+    """A map of values from black (0 and less) over red and yellow to white (1), cells enlarged smoothly to (h, w)."""
+    height, width = checks.pair_of_sizes(size, "viz.heat", "size")
+    wide = torch.nn.functional.interpolate(
+        values.detach().float().cpu()[None, None], (height, width), mode="bilinear", align_corners=False
+    )[0, 0].clamp(0, 1)
+    channels = torch.stack([3 * wide - channel for channel in range(3)]).clamp(0, 1)
+    return (255 * channels).round().to(torch.uint8)
+
+
+def ring(picture: Picture, x: float, y: float, *, radius: float = 7.0, width: int = 3) -> Picture:
+    """A red circle around a point, so that what lies there can be seen."""
+
+    def draw(canvas: ImageDraw, w: int, h: int) -> None:
+        box = (x * w - radius, y * h - radius, x * w + radius, y * h + radius)
+        canvas.ellipse(box, outline=(230, 0, 0), width=width)
+
+    return _drawn(picture, draw)
+
+
 def segments(
     picture: Picture, ends: Float[Tensor, "S 4"], *, color: tuple[int, int, int] | None = None, width: int = 1
 ) -> Picture:

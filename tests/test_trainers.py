@@ -17,9 +17,17 @@ import geoaug
 from data_prep import make_scenes
 from geoaug import Key
 from tests import training
-from trainers import byol, common, d3ssl, lc_loss, moco_v2, scrl, soco
+from trainers import byol, common, d3ssl, lc_loss, moco_v2, plrc, scrl, soco
 
-TRAINERS = {"moco_v2": moco_v2, "soco": soco, "d3ssl": d3ssl, "byol": byol, "scrl": scrl, "lc_loss": lc_loss}
+TRAINERS = {
+    "moco_v2": moco_v2,
+    "soco": soco,
+    "d3ssl": d3ssl,
+    "byol": byol,
+    "scrl": scrl,
+    "lc_loss": lc_loss,
+    "plrc": plrc,
+}
 FPN = ("--form", "fpn", "--roi-size", "7")
 BIG = ("--size", "64", "--min-side", "4")  # views in which some proposals are seen
 DINO = ("--preset", "demo-dino", "--dim", "64")
@@ -98,7 +106,7 @@ def farthest(a, b):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-WHOLE = [("moco_v2", 1), ("d3ssl", 2), ("scrl", 2), ("lc_loss", 1)]
+WHOLE = [("moco_v2", 1), ("d3ssl", 2), ("scrl", 2), ("lc_loss", 1), ("plrc", 2)]
 
 
 @pytest.fixture(scope="module", params=WHOLE, ids=[f"{method}, {world} processes" for method, world in WHOLE])
@@ -194,6 +202,7 @@ def test_two_processes_of_torchrun_are_one(broken, tmp_path):
         ("scrl", ("--lr", "0.1", "--on-fail", "drop", "--mean", "images")),
         ("lc_loss", ("--lr", "0.1", "--symmetric-local", "on")),
         ("lc_loss", DINO),
+        ("plrc", ("--lr", "0.1", "--negatives", "global")),
     ],
 )
 def test_two_processes_are_one(method, more, broken, tmp_path):
@@ -215,7 +224,7 @@ def test_shuffled_batch_norm_runs_on_two_processes(method, scenes, tmp_path):
 @pytest.mark.parametrize("method", TRAINERS)
 def test_micro_batches_are_the_batch_where_the_norm_is_fixed(method, broken, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "prepare_model", lambda model, config, device: model.eval())
-    more = big(method)
+    more = (*big(method), *(("--negatives", "image") if method == "plrc" else ()))
     for parts in (1, 2):
         here(method, broken, tmp_path / str(parts), *more, "--max-steps", "3", "--accumulate", str(parts))
     near(tmp_path / "1", tmp_path / "2")
@@ -255,6 +264,13 @@ SWITCHES = {
         "--preset demo-dino --dim 64 --clip 0.1 --frozen-epochs 0 --teacher-epochs 0 --target random --accumulate 2",
         "--preset demo-dino --dim 64 --student-temperature 0.2 --teacher-temperature 0.1 0.1 --centre-momentum 0"
         " --symmetric-global off --alpha 0 --precision bf16",
+    ],
+    "plrc": [
+        "--level region --regions boxes --negatives global --norm batch",
+        "--regions masks --affinity 2 --teacher-points slot --affinity-keys batch --precision bf16",
+        "--regions grid:2 --affinity 3 --teacher-points extra --upsample None --negatives image --render device",
+        "--affinity-warmup 2 --warmup-weight one --slots 4 --points 2 --chunk 100 --accumulate 2",
+        "--alpha 1 --beta 0.5 --temperature 0.1 --student-temperature 0.2 --teacher-temperature 0.15",
     ],
 }
 
@@ -297,7 +313,7 @@ def batches(scenes):
 
 
 MODELS = [("moco_v2", ()), ("soco", ()), ("soco", FPN), ("d3ssl", ()), ("byol", ()), ("scrl", ()), ("lc_loss", ())]
-MODELS += [("lc_loss", ("--local", "mse", "--symmetric-local", "on")), ("lc_loss", DINO)]
+MODELS += [("lc_loss", ("--local", "mse", "--symmetric-local", "on")), ("lc_loss", DINO), ("plrc", ())]
 
 
 def model_and_inputs(method, batch, more=()):
@@ -322,6 +338,10 @@ def model_and_inputs(method, batch, more=()):
     if method == "lc_loss":
         points, valid = lc_loss.find_cells(batch, config)
         return model, (batch, points, valid, torch.cat((batch.ok.sum()[None], valid.any(2).sum(1))).float(), 0.07)
+    if method == "plrc":
+        points = plrc.find_points(batch, config)
+        terms = (batch.ok, points.shared, points.distilled.any(dim=1))
+        return model, (batch, points, torch.stack([x.sum() for x in terms]).float(), True)
     return model, (batch, batch.ok.sum().float())
 
 
@@ -465,6 +485,15 @@ WRONG = [
     ("scrl", "--min-side 32", "--min-side must be over 0 and at most 31, got 32"),
     ("scrl", "--max-iou 1.5", "--max-iou must be over 0 and at most 1, got 1.5"),
     ("scrl", "--jitter 1", "--jitter must be in [0, 1) or inf, got 1.0"),
+    ("plrc", "--regions grid", "--regions must be grid:N with N from 1 to 999, boxes or masks, got grid"),
+    ("plrc", "--regions grid:0", "--regions must be grid:N with N from 1 to 999, boxes or masks, got grid:0"),
+    ("plrc", "--alpha 1.5", "--alpha must be in [0, 1], got 1.5"),
+    ("plrc", "--beta nan", "--beta must be in [0, 1], got nan"),
+    ("plrc", "--queue 68", "--queue must be a multiple of --batch-size 8, got 68"),
+    ("plrc", "--points 0", "--points must be at least 1, got 0"),
+    ("plrc", "--teacher-temperature 0", "--teacher-temperature must be at least 1e-06, got 0.0"),
+    ("plrc", "--affinity-warmup -1", "--affinity-warmup must be at least 0.0, got -1.0"),
+    ("plrc", "--proposals x", "--proposals goes with --regions boxes, got --regions grid:4"),
 ]
 
 
@@ -494,7 +523,8 @@ def test_unknown_flags_and_values_are_refused(wrong, scenes, tmp_path, monkeypat
 def test_data_that_is_missing_or_has_no_boxes_is_told(method, scenes, tmp_path, monkeypatch, capsys):
     assert "--data must name a .beton" in refused(method, ["--cpu"], monkeypatch, capsys)
     if hasattr(TRAINERS[method].Config, "proposals"):
-        folder = training.command(method, scenes.parent / "images", tmp_path / "run")
+        boxes = ("--regions", "boxes") if method == "plrc" else ()
+        folder = training.command(method, scenes.parent / "images", tmp_path / "run", *boxes)
         assert "--data has no boxes: give --proposals STORE" in refused(method, folder, monkeypatch, capsys)
 
 

@@ -26,6 +26,7 @@ OF = {
     "byol": (),
     "scrl": ("--min-side", "8"),
     "lc_loss": ("--size", "64", "--local-dim", "16"),  # at 32 a map is one cell
+    "plrc": ("--queue", "64", "--points", "4", "--upsample", "16", "--affinity-warmup", "0"),
 }
 PATIENCE = 120  # seconds after which a process counts as hung
 OF |= {

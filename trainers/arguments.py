@@ -31,7 +31,7 @@ _LEAST = {
     "classes": 2, "aux": 0, "seg_weight": 0.0,
     "dense_weight": 0.0, "region_weight": 0.0, "region_start": 0.0, "local_dim": 1, "student_temperature": 1e-6,
     "teacher_epochs": 0.0, "frozen_epochs": 0.0, "clip": 1e-6,
-    "slots": 1, "points": 1, "upsample": 1, "chunk": 1, "affinity_warmup": 0.0, "teacher_temperature": 1e-6,
+    "slots": 1, "points": 1, "upsample": 1, "chunk": 1, "affinity_warmup": 0.0,
 }  # fmt: skip
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 

@@ -3,13 +3,15 @@
     python trainers/evaluate.py object-knn --weights runs/d3ssl --bank train.json --data val.json --out knn.json
     python trainers/evaluate.py coupling-rate --weights resnet50.pth --data val.json --images val2017
     python trainers/evaluate.py position-similarity --weights random --arch resnet18 --data photos/
+    python trainers/evaluate.py affinity --weights runs/plrc --data val.json --pictures maps.html --beside runs/moco_v2
 
 `object-knn` names each object of --data by its nearest objects of --bank; without a bank, images are split 80/20 by a
 hash of their ids. `disturbed-knn` does so with everything outside an image's objects replaced by another image.
 `unsupervised-segmentation` is of a segmentation run's head, or of k-means on any backbone (measure_segmentation.py).
 `coupling-rate` (1 is ideal) and `position-similarity` (1 is ideal, and a random net's) are per layer. `correspondence`
-(1 is ideal) is the share of cells that find their place again in a mirrored and coloured picture. The backbone is in
-eval mode; `--weights random` is one that never saw an image. Sizes, N and k are our choice: docs/evaluation.md.
+(1 is ideal) is the share of cells that find their place again in a mirrored and coloured picture. `affinity` is how
+well what is like an object's middle covers its mask (PLRC, Table 3, with pictures as its Figures 3 and 5). The backbone
+is in eval mode; `--weights random` is one that never saw an image. Sizes, N and k are ours: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import geoaug
 from geoaug import metrics
 from trainers import common
 from trainers.evaluation import SHARE, Config, backbone_of, images_of, known, pool
+from trainers.measure_affinity import affinity
 from trainers.measure_correspondence import correspondence
 from trainers.measure_segmentation import segmentation
 
@@ -117,6 +120,7 @@ TASKS: dict[str, Callable[[Config, metrics.Backbone], dict[str, Any]]] = {
     "position-similarity": position,
     "unsupervised-segmentation": segmentation,
     "correspondence": correspondence,
+    "affinity": affinity,
 }
 
 

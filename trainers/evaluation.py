@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -17,7 +17,8 @@ from geoaug import metrics
 from trainers import common
 
 Task = Literal[
-    "object-knn", "disturbed-knn", "coupling-rate", "position-similarity", "correspondence", "unsupervised-segmentation"
+    "object-knn", "disturbed-knn", "coupling-rate", "position-similarity", "correspondence",
+    "unsupervised-segmentation", "affinity",
 ]  # fmt: skip
 SHARE = 0.8  # of the images in the bank, where --data is split
 
@@ -49,7 +50,7 @@ class Config:
     tile: int = 224
     """Side of the tiles of coupling-rate and position-similarity, and of correspondence's images."""
     count: int = 1000
-    """Pairs of objects, or images, of coupling-rate, position-similarity and correspondence."""
+    """Pairs of objects, or images, of coupling-rate, position-similarity, correspondence and affinity."""
     k: tuple[int, ...] = (20, 10, 100, 200)
     """Numbers of neighbours; the first is the headline."""
     per_image: int = 3
@@ -72,6 +73,18 @@ class Config:
     """A folder for sheets of photographs beside what they were named and what they are."""
     sheet_count: int = 24
     """Photographs on the sheets."""
+    side: int = 896
+    """Side of the images of affinity."""
+    map_size: int = 56
+    """Side to which their maps are brought."""
+    keep: float = 0.8
+    """Share of an affinity map that a threshold keeps."""
+    pictures: Path | None = None
+    """Write affinity maps here as an HTML page, too."""
+    beside: tuple[str, ...] = ()
+    """More weights whose affinity maps stand beside."""
+    shown: int = 12
+    """Images on that page."""
     seed: int = 0
     workers: int | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,11 +112,16 @@ def normalised(images: Tensor, device: str) -> Tensor:
     return (images.to(device).float() / (255 if images.dtype == torch.uint8 else 1) - mean) / std
 
 
-def images_of(config: Config, path: Path, folder: Path | None, spec: geoaug.ViewSpec) -> Iterator[geoaug.Batch]:
-    """All images, one at a time, in an order drawn by their ids; the unreadable are left out and told."""
+def images_of(
+    config: Config, path: Path, folder: Path | None, spec: geoaug.ViewSpec, **more: Any
+) -> Iterator[geoaug.Batch]:
+    """All images, one at a time, in an order drawn by their ids; the unreadable are left out and told.
+
+    `more` goes to `open_loader`.
+    """
     with geoaug.open_loader(
         path, [spec], batch_size=1, seed=config.seed, images=folder, workers=config.workers, last="keep",
-        on_error="mask", max_boxes=512,
+        on_error="mask", max_boxes=512, **more,
     ) as loader:  # fmt: skip
         for batch in loader:
             if batch.ok.all():

@@ -132,7 +132,7 @@ class Model(nn.Module):
         self.queue = common.Queue(config.queue, config.dim)
 
     def forward(
-        self, batch: geoaug.Batch, points: common.Points, counts: Tensor, *, distil: bool
+        self, batch: geoaug.Batch, points: common.Points, counts: Tensor, distil: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """Eq. 6; `counts` [3] are the images that are readable, that share a region, that have a distilled point."""
         config, key = self.config, batch.key
@@ -202,12 +202,19 @@ class Model(nn.Module):
         return common.shuffled(self.teacher, key, images, points) if shuffle else self.teacher(images, points)
 
 
+def warmup_of(config: Config) -> float:
+    """Epochs without distillation: the paper's 30 of 200, or as many of a shorter run."""
+    return min(30.0, 0.15 * config.epochs) if config.affinity_warmup is None else config.affinity_warmup
+
+
 def open_data(config: Config, accelerator: Any) -> Any:
     """The loader, after what is particular to this method's arguments."""
     common.side_of(config.regions)
     for name in ("alpha", "beta"):
         if not 0 <= getattr(config, name) <= 1:
             raise common.UsageError(f"--{name} must be in [0, 1], got {getattr(config, name)}")
+    if not config.teacher_temperature >= 1e-6:
+        raise common.UsageError(f"--teacher-temperature must be at least 1e-06, got {config.teacher_temperature}")
     if config.queue % config.batch_size:
         raise common.UsageError(f"--queue must be a multiple of --batch-size {config.batch_size}, got {config.queue}")
     common.need_sources(config.regions, config.data, config.proposals)
@@ -229,8 +236,7 @@ def main(config: Config) -> None:
     bare, peak = accelerator.unwrap_model(model), config.lr * config.batch_size / 256
     run = common.Run(config, accelerator, loader, model=model, optimizer=optimizer, backbone="student.trunk.")
     warmup = int(config.warmup_epochs * len(loader))
-    alone = config.affinity_warmup
-    start = (min(30, 0.15 * config.epochs) if alone is None else alone) * len(loader)
+    start = warmup_of(config) * len(loader)
     with loader, run:
         for step, batch in run.batches():
             lr = common.set_lr(optimizer, step, run.total, peak=peak, warmup=warmup)
@@ -241,7 +247,7 @@ def main(config: Config) -> None:
             parts = zip(batch.split(config.accumulate), points.split(config.accumulate), strict=True)
             for part, its_points in parts:
                 with accelerator.accumulate(model):
-                    loss, log = model(part, its_points, counts, distil=step >= start)
+                    loss, log = model(part, its_points, counts, step >= start)
                     keys.append(log.pop("keys"))
                     logs.append(log)
                     accelerator.backward(loss * config.accumulate)  # which divides by it

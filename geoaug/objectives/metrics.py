@@ -1,5 +1,6 @@
 """What a backbone has learnt, measured without training it: the table of all measures and of what they need."""
 
+from .affinity import affinity_iou, affinity_maps
 from .backbone import Backbone, tile_means
 from .canvases import disturb, object_tiles, resize, side_by_side, tiled
 from .correspondence import Correspondence, correspondence_accuracy
@@ -13,6 +14,8 @@ __all__ = [
     "Correspondence",
     "CouplingRate",
     "SegmentationScore",
+    "affinity_iou",
+    "affinity_maps",
     "choose_objects",
     "confusion",
     "correspondence_accuracy",

@@ -1,0 +1,95 @@
+"""The `affinity` task: how well the affinities of an object's centre segment it (PLRC, Table 3, Figures 3 and 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import geoaug
+from geoaug import metrics, viz
+from trainers import common
+from trainers.evaluation import Config, backbone_of, images_of, known
+
+SHOWN = 224  # side of a picture (px)
+TEXT = """\
+Each row: a photograph with a point (the middle of an object's box), and the cosine of the feature there with those
+of the whole picture, for each backbone. Black is 0 or less, white is 1. Made by evaluate.py affinity, as Figures 3
+and 5 of the paper are."""
+
+
+def affinity(config: Config, backbone: metrics.Backbone) -> dict[str, Any]:
+    """The mean Jaccard similarity over objects, with 80 % of an affinity map's mass kept and with 80 % of its cells."""
+    if config.data.suffix != ".json":
+        raise common.UsageError(f"--data must be a COCO json with masks, got {config.data}")
+    others = {name: backbone_of(dataclasses.replace(config, weights=name)) for name in config.beside}
+    size = (config.map_size, config.map_size)
+    scores: dict[str, list[Tensor]] = {"mass": [], "cells": []}
+    images = small = 0
+    rows: list[Tensor] = []
+    for batch in images_of(
+        config,
+        config.data,
+        config.images,
+        geoaug.ViewSpec.whole(config.side),
+        label_map="instance",
+        label_map_size=size,
+    ):
+        found = seen(batch)
+        small += int(known(batch).sum()) - len(found)
+        if not len(found):
+            continue
+        points = (batch.boxes[:, found, :2] + batch.boxes[:, found, 2:]) / 2  # [1, K, 2]
+        masks = batch.label_map == found[:, None, None]  # [K, h, w]
+        maps = maps_of(backbone, batch.images[0], points, config)
+        for law, values in scores.items():
+            values.append(metrics.affinity_iou(maps, masks[None], keep=config.keep, law=law)[0])  # type: ignore[arg-type]
+        if config.pictures is not None and len(rows) < config.shown:
+            which = int(batch.key.at_epoch(0).integers("shown", 1, len(found)))
+            more = [maps_of(other, batch.images[0], points, config)[0, which] for other in others.values()]
+            rows.append(row_of(batch.images[0][0], points[0, which], [maps[0, which], *more]))
+        images += 1
+        if images == config.count:
+            break
+    if not images:
+        raise common.UsageError(f"--data has no objects with a mask: {config.data}")
+    if config.pictures is not None:
+        page(config, rows)
+    mass, cells = (torch.cat(values).double() for values in scores.values())
+    error = float(mass.std(correction=0)) / math.sqrt(len(mass))
+    return {"jaccard": float(mass.mean()), "standard_error": error, "jaccard_of_cells": float(cells.mean()),
+            "objects": len(mass), "images": images, "too_small": small}  # fmt: skip
+
+
+def seen(batch: geoaug.Batch) -> Tensor:
+    """Slots [K] of the known objects whose masks hold a cell of the label map."""
+    assert batch.label_map is not None
+    cells = torch.bincount(batch.label_map.flatten().clamp(min=-1) + 1, minlength=batch.boxes.shape[1] + 1)[1:]
+    return (known(batch)[0] & (cells[: batch.boxes.shape[1]] > 0)).nonzero().flatten()
+
+
+def maps_of(backbone: metrics.Backbone, image: Tensor, points: Tensor, config: Config) -> Tensor:
+    """Affinity maps [1, K, h, w] of one layer."""
+    features = backbone(image.to(config.device))[config.layer]
+    return metrics.affinity_maps(features, points.to(features.device), config.map_size).cpu()
+
+
+def row_of(image: Tensor, point: Tensor, maps: list[Tensor]) -> Tensor:
+    """One picture: the photograph with its point, and a map of each backbone."""
+    x, y = point.tolist()
+    photograph = viz.ring(metrics.resize(image[None].cpu(), SHOWN)[0], x, y)
+    return viz.beside([photograph, *(viz.heat(one, (SHOWN, SHOWN)) for one in maps)])
+
+
+def page(config: Config, rows: list[Tensor]) -> Path:
+    """The HTML page of all rows."""
+    assert config.pictures is not None
+    names = [Path(name).name for name in (config.weights, *config.beside)]
+    title = "; ".join(f"column {i}: {name}" for i, name in enumerate(names, 2))
+    sections: list[tuple[str, str, Tensor | None]] = [("", f"{TEXT}\n\n{title}", None)]
+    sections += [("", "", row) for row in rows]
+    return viz.page("Affinities of a point with its picture", sections, config.pictures)
