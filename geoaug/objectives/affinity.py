@@ -31,7 +31,7 @@ def affinity_maps(
         maps = functional.interpolate(wide(features), (height, width), mode="bilinear", align_corners=False)
         at = unit(sample_points(maps, points))  # [B, K, C]
         cells = unit(maps.flatten(2).mT)  # [B, h*w, C]
-        return torch.bmm(at, cells.mT).unflatten(2, (height, width))
+        return torch.bmm(at, cells.mT).view(*at.shape[:2], height, width)
 
 
 def affinity_iou(
