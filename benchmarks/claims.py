@@ -1,6 +1,6 @@
 """Which of the papers' claims hold on scenes: trains the variants, measures them, and says so claim by claim.
 
-    python benchmarks/claims.py --papers lc,scrl,plrc,densesiam [--seeds 3] [--device cpu|cuda] [--size cpu|gpu|tiny]
+    python benchmarks/claims.py --papers lc,scrl,plrc,densesiam,segmentation [--seeds 3] [--device cpu|cuda] [--size cpu|gpu|tiny]
                                 [--jobs 1] [--work runs/claims] [--out benchmarks/results]
 
 Each paper has a `claims_<paper>.py` with one function `claims(lab) -> list[Claim]`; how to write one stands at the head
@@ -21,7 +21,8 @@ from pathlib import Path
 from benchmarks import record
 from benchmarks.experiments import SCALES, Lab
 
-NAMES = {"lc": "LC-loss", "scrl": "SCRL", "plrc": "PLRC", "densesiam": "DenseSiam"}
+NAMES = {"lc": "LC-loss", "scrl": "SCRL", "plrc": "PLRC", "densesiam": "DenseSiam",
+         "segmentation": "DenseSiam's segmentation"}  # fmt: skip
 COLUMNS = ("claim", "paper", "measured: mean ± deviation over seeds", "paired difference", "holds here")
 
 
@@ -51,7 +52,9 @@ def write(paper: str, lab: Lab, size: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--papers", default=",".join(NAMES), help="of lc, scrl, plrc, densesiam, with commas between")
+    parser.add_argument(
+        "--papers", default=",".join(NAMES), help="of lc, scrl, plrc, densesiam, segmentation, with commas between"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=tuple(SCALES), default="cpu", help="of data and runs; tiny learns nothing")

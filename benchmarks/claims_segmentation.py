@@ -1,4 +1,4 @@
-"""DenseSiam's claims on unsupervised segmentation (Tables 3 and 5), on scenes: `claims_densesiam.py` calls it.
+"""DenseSiam's claims on unsupervised segmentation (Tables 3 and 5), on scenes: `claims.py --papers segmentation`.
 
 Every variant starts from one random backbone of its seed, so that k-means on it is the baseline; a layer is chosen for
 k-means by the score itself, in its favour. What has no label, the background, is a class.
@@ -25,7 +25,7 @@ def k_means(lab: Lab, seed: int) -> float:
     return max(miou(lab, "random", "--seed", str(seed), "--layer", layer) for layer in LAYERS)
 
 
-def segmentation(lab: Lab) -> list[Claim]:
+def claims(lab: Lab) -> list[Claim]:
     """Mean IoU of one-to-one matching over the classes of scenes and their background."""
     found = {
         name: lab.each_seed(lambda seed, f=flags: miou(lab, lab.train("densesiam", seed, *TRAIN, *f)))

@@ -29,7 +29,7 @@ def test_every_command_of_the_claims_is_one(tmp_path, monkeypatch):
             trained[-1].output.mkdir(parents=True)
 
     monkeypatch.setattr(Lab, "_run", run)
-    claims = claims_segmentation.segmentation(Lab(tmp_path, scale=experiments.SCALES["tiny"]))
+    claims = claims_segmentation.claims(Lab(tmp_path, scale=experiments.SCALES["tiny"]))
     assert [(c.aux, c.seg_weight, c.region_weight) for c in trained[::3]] == [(64, 1, 0.1), (64, 1, 0), (0, 0, 0)]
     assert {c.classes for c in trained} == {17}
     assert len(measured) == 9 + 3 * 4
