@@ -1,7 +1,7 @@
 """Which of the papers' claims hold on scenes: trains the variants, measures them, and says so claim by claim.
 
-    python benchmarks/claims.py --papers lc,scrl,plrc,densesiam,segmentation [--seeds 3] [--device cpu|cuda] [--size cpu|gpu|tiny]
-                                [--jobs 1] [--work runs/claims] [--out benchmarks/results]
+    python benchmarks/claims.py --papers lc,scrl,plrc,densesiam,segmentation [--seeds 3] [--device cpu|cuda]
+                                [--size cpu|gpu|tiny] [--jobs 1] [--work runs/claims] [--out benchmarks/results]
 
 Each paper has a `claims_<paper>.py` with one function `claims(lab) -> list[Claim]`; how to write one stands at the head
 of `experiments.py`. Results go to claims_<paper>.md and .json, also where a claim does not hold. Every variant is
