@@ -50,7 +50,7 @@ def affinity_iou(
     >>> maps = torch.tensor([[[[0.6, 0.3], [0.1, -0.5]]]])
     >>> masks = torch.tensor([[[[True, False], [False, False]]]])
     >>> affinity_iou(maps, masks), affinity_iou(maps, masks, law="cells")
-    (tensor([[0.5000]]), tensor([[0.3333]]))
+    (tensor([[0.5000]]), tensor([[0.2500]]))
     """
     where = "affinity_iou"
     ok = isinstance(maps, Tensor) and maps.ndim == 4 and maps.is_floating_point()
