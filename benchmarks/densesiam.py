@@ -70,7 +70,9 @@ def step_of(method: str, setting: Setting, batch: geoaug.Batch) -> Callable[[], 
     def inputs() -> tuple[Any, ...]:
         if plain:
             return batch, batch.ok.sum().float()
-        points = common.share_points(batch, config.grid, config.points, cells=-(-setting.size // 32))
+        points = common.share_points(
+            batch, config.grid, config.points, cells=-(-setting.size // common.stride(setting.arch, "c5"))
+        )
         return batch, points, torch.stack((batch.ok.sum(), points.valid.sum())).float(), weight
 
     def step() -> None:

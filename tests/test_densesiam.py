@@ -1,15 +1,20 @@
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import geoaug
 from data_prep import make_scenes
 from geoaug import AxisAffine, Key, losses
 from tests import reference_densesiam as reference
 from tests import training
+from tests.test_no_synchronisation import Copies
 from trainers import common, densesiam, simsiam
 
 TRAINERS = {"simsiam": simsiam, "densesiam": densesiam}
@@ -24,12 +29,17 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """One batch of eight crops of 64 pixels, all of which overlap by a cell."""
+def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     assert make_scenes.main(["--out", str(folder), "--images", "8", "--size", "96", "--workers", "1"]) == 0
+    return folder / "instances.json"
+
+
+@pytest.fixture(scope="module")
+def loaded(scenes):
+    """One batch of eight crops of 64 pixels, all of which overlap by a cell."""
     specs = (geoaug.ViewSpec(64, scale=(0.5, 1.0)), geoaug.ViewSpec(64, scale=(0.5, 1.0)))
-    with geoaug.open_loader(folder / "instances.json", specs, batch_size=8, seed=0, workers=0) as loader:
+    with geoaug.open_loader(scenes, specs, batch_size=8, seed=0, workers=0) as loader:
         return next(iter(loader))
 
 
@@ -358,3 +368,71 @@ def test_the_task_is_read_before_all_else():
     assert common.flag("wide", ["--data", "x", "--wide=1", "--wide=2"]) == "2"
     assert common.flag("task", ["--data", "x"]) == ""
     assert common.flag("task", ["--task"]) == ""
+
+
+@pytest.mark.parametrize("law", ["regular", "corners", "mild"])
+def test_points_are_shared_without_waiting_for_the_device(law, monkeypatch, our_errors):
+    monkeypatch.setenv("GEOAUG_CHECK", "0")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        maps = [AxisAffine(torch.rand(4, 2, device="cuda"), torch.rand(4, 2, device="cuda")) for _ in "ab"]
+        made = a_batch(*maps, ok=torch.ones(4, device="cuda").bool())
+        made.key = Key(0, 0, torch.zeros(4, dtype=torch.int64, device="cuda"))
+        with Copies() as copies:
+            points = common.share_points(made, 3, law, cells=2)
+            if points.candidates:
+                points = points.hardest(points.in_x1[:, : points.candidates, 0])
+            common.categories_in_use(points.in_x1, points.valid[:, None].expand(-1, 9))
+    assert copies.found == []
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_accelerate(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_a_collapse_is_told_once(scenes, tmp_path, monkeypatch, capsys):
+    """All images alike: every vector is the same, and every point of one category."""
+    monkeypatch.setattr(geoaug, "color", lambda images, spec, key: torch.zeros(images.shape))
+    command = training.command("densesiam", scenes, tmp_path / "run", "--size", "64", "--max-steps", "3")
+    densesiam.main(common.parse(densesiam.Config, densesiam.PRESETS, command))
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[3] for line in told] == ["spread", "spread_predictor", "categories"]
+    assert told[2] == "warning: step 1: categories is 1, under 2: is it collapsing?"
+    assert all(line["spread"] < 0.1 and line["categories"] == 1 for line in training.logged(tmp_path / "run"))
+
+
+@pytest.mark.usefixtures("_fresh_accelerate", "our_errors")
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        ("simsiam", "--norm shuffle", "--norm must be sync or batch, got shuffle"),
+        ("simsiam", "--batch-size 8 --accumulate 8", "--batch-size must give batch norm 2 images at least, got 8: 1"),
+        ("densesiam", "--norm shuffle", "--norm must be sync or batch, got shuffle"),
+        ("densesiam", "--masks raw --region-mass on", "--region-mass must be off with --masks raw"),
+        ("densesiam", "--target p --similarity cosine", "--target must be z with --similarity cosine, got p"),
+        ("densesiam", "--channels 1", "--channels must be at least 2, got 1"),
+        ("densesiam", "--grid 0", "--grid must be at least 1, got 0"),
+        ("densesiam", "--region-weight nan", "--region-weight must be at least 0.0, got nan"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_any_training(
+    method, wrong, message, scenes, tmp_path, monkeypatch, capsys
+):
+    arguments = training.command(method, scenes, tmp_path / "run", *wrong.split())
+    monkeypatch.setattr(sys, "argv", [f"trainers/{method}.py", *arguments])
+    trainer = TRAINERS[method]
+    with pytest.raises(SystemExit) as stop:
+        common.launch(trainer.main, trainer.Config, trainer.PRESETS)
+    assert stop.value.code == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert message in out.err
+    assert len(out.err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ import geoaug
 from data_prep import make_scenes
 from geoaug import Key
 from tests import training
-from trainers import byol, common, d3ssl, lc_loss, moco_v2, plrc, scrl, soco
+from trainers import byol, common, d3ssl, densesiam, lc_loss, moco_v2, plrc, scrl, simsiam, soco
 
 TRAINERS = {
     "moco_v2": moco_v2,
@@ -27,6 +27,8 @@ TRAINERS = {
     "scrl": scrl,
     "lc_loss": lc_loss,
     "plrc": plrc,
+    "simsiam": simsiam,
+    "densesiam": densesiam,
 }
 FPN = ("--form", "fpn", "--roi-size", "7")
 BIG = ("--size", "64", "--min-side", "4")  # views in which some proposals are seen
@@ -106,7 +108,7 @@ def farthest(a, b):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-WHOLE = [("moco_v2", 1), ("d3ssl", 2), ("scrl", 2), ("lc_loss", 1), ("plrc", 2)]
+WHOLE = [("moco_v2", 1), ("d3ssl", 2), ("scrl", 2), ("lc_loss", 1), ("plrc", 2), ("simsiam", 1), ("densesiam", 2)]
 
 
 @pytest.fixture(scope="module", params=WHOLE, ids=[f"{method}, {world} processes" for method, world in WHOLE])
@@ -115,7 +117,7 @@ def whole(request, scenes, tmp_path_factory):
     method, world = request.param
     folder = tmp_path_factory.mktemp("whole")
     more = ["--epochs", "8", "--max-steps", "9", "--save-every", "2"]
-    more += {"d3ssl": ["--min-side", "4"], "lc_loss": list(DINO)}.get(method, [])
+    more += {"d3ssl": ["--min-side", "4"], "lc_loss": list(DINO), "densesiam": ["--size", "64"]}.get(method, [])
     command = training.command(method, scenes, folder / "run", *more)
     assert training.train(method, command, folder / "log", world=world) == [0] * world
     # Nothing is printed but what was written: no warning either.
@@ -203,6 +205,8 @@ def test_two_processes_of_torchrun_are_one(broken, tmp_path):
         ("lc_loss", ("--lr", "0.1", "--symmetric-local", "on")),
         ("lc_loss", DINO),
         ("plrc", ("--lr", "0.1", "--negatives", "global")),
+        ("simsiam", ()),
+        ("densesiam", ("--region-start", "0", "--points", "mild")),
     ],
 )
 def test_two_processes_are_one(method, more, broken, tmp_path):
@@ -213,7 +217,7 @@ def test_two_processes_are_one(method, more, broken, tmp_path):
     near(tmp_path / "1", tmp_path / "2")
 
 
-@pytest.mark.parametrize("method", TRAINERS)
+@pytest.mark.parametrize("method", [name for name, trainer in TRAINERS.items() if hasattr(trainer.Config, "ema")])
 def test_shuffled_batch_norm_runs_on_two_processes(method, scenes, tmp_path):
     command = training.command(method, scenes, tmp_path / "run", "--max-steps", "2", "--norm", "shuffle")
     assert training.train(method, command, tmp_path / "log", world=2) == [0, 0], (tmp_path / "log.0").read_text()
@@ -272,6 +276,17 @@ SWITCHES = {
         "--affinity-warmup 2 --warmup-weight one --slots 4 --points 2 --chunk 100 --accumulate 2",
         "--alpha 1 --beta 0.5 --temperature 0.1 --student-temperature 0.2 --teacher-temperature 0.15",
     ],
+    "simsiam": [
+        "--predictor-lr cosine --accumulate 2",
+        "--norm batch --precision bf16 --render device",
+    ],
+    "densesiam": [
+        "--similarity cosine --order between --points corners --region-start 0",
+        "--target p --order before --points random --masks raw --region-unit off --region-start 0 --accumulate 2",
+        "--points mild --region-mass on --region-stop target --region-start 0 --precision bf16",
+        "--points heavy --region-stop masks --region-start 0 --norm batch --render device --predictor-lr cosine",
+        "--region-weight 0 --dense-weight 0 --no-channels-last",
+    ],
 }
 
 
@@ -282,7 +297,8 @@ def test_every_switch_runs_two_steps(method, switches, scenes, tmp_path):
     lines = here(method, scenes, tmp_path / "run", *more, "--max-steps", "2", *switches.split())
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert all(line["loss"] > 0 for line in lines[1:])
+    least = {"simsiam": -1.0, "densesiam": -2.0}.get(method, 0.0)  # of negative cosines
+    assert all(line["loss"] > least for line in lines[1:])
     assert all(0.1 < line["spread"] < 1.5 for line in lines)
     about = json.loads((tmp_path / "run" / "config.json").read_text())
     assert about["method"] == method

@@ -27,13 +27,11 @@ OF = {
     "scrl": ("--min-side", "8"),
     "lc_loss": ("--size", "64", "--local-dim", "16"),  # at 32 a map is one cell
     "plrc": ("--queue", "64", "--points", "4", "--upsample", "16", "--affinity-warmup", "0"),
-}
-PATIENCE = 120  # seconds after which a process counts as hung
-OF |= {
     "simsiam": ("--dim", "32", "--bottleneck", "8"),
     "densesiam_segmentation": ("--classes", "7", "--aux", "11", "--region-start", "0.5"),
     "densesiam": ("--dim", "32", "--channels", "8", "--grid", "3", "--region-start", "0.2"),
 }
+PATIENCE = 120  # seconds after which a process counts as hung
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([f"trainers.{method}" for method in OF])

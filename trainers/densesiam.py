@@ -203,7 +203,7 @@ def main(config: Config) -> None:
     optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model)
-    cells = -(-config.size // bare.trunk.stride)
+    cells = -(-config.size // common.stride(config.arch, "c5"))
     floors = common.SPREAD_FLOORS | {"categories": 2}
     run = common.Run(config, accelerator, loader, model=model, optimizer=optimizer, backbone="trunk.", floors=floors)
     peak, warmup = config.lr * config.batch_size / 256, int(config.warmup_epochs * len(loader))
@@ -231,7 +231,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    if common.flag("task") == "segmentation":
+    if common.flag("task") == "segmentation":  # which has a Config of its own
         from trainers import densesiam_segmentation as segmentation
 
         common.launch(segmentation.main, segmentation.Config, segmentation.PRESETS)

@@ -80,11 +80,6 @@ class Trunk(nn.Module):
         wide = [(block.bn3 if isinstance(block, Bottleneck) else block.bn2).num_features for block in last]
         self.channels = dict(zip(self.stages, (net.conv1.out_channels, *wide), strict=True))
 
-    @property
-    def stride(self) -> int:
-        """Pixels a cell of C5."""
-        return 16 if isinstance(self.maxpool, nn.Identity) else 32
-
     def maps(self, images: Tensor, upto: str = "c5") -> list[Tensor]:
         """The maps of the stages from the stem to `upto`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # [B, 64, h/4, w/4]
