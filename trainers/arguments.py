@@ -158,7 +158,7 @@ def start(config: RunConfig, *, rows: int = 1, arches: Sequence[str] = ARCHES) -
         raise UsageError(f"--data must exist, got {config.data}")
     for name, low in _LEAST.items():
         value = getattr(config, name, None)
-        if value is not None and not value >= low:  # so that a NaN is refused too
+        if isinstance(value, (int, float)) and not value >= low:  # so that a NaN is refused too; --points may be a word
             raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
     if config.arch not in arches:
         raise UsageError(f"--arch must be one of {', '.join(arches)}, got {config.arch}")
