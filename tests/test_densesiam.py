@@ -158,6 +158,15 @@ def test_the_predictors_keep_their_rate():
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
 
 
+def test_there_is_no_teacher_to_shuffle_before():
+    two = type("Two", (), {"num_processes": 2})()
+    with pytest.raises(common.UsageError, match="--norm must be sync or batch, got shuffle"):
+        common.check_norm(simsiam.Config(norm="shuffle"), two)
+    with pytest.raises(common.UsageError, match="--batch-size must give batch norm 2 images at least, got 2: 1"):
+        common.check_norm(simsiam.Config(norm="batch", batch_size=2), two)
+    common.check_norm(simsiam.Config(norm="sync", batch_size=2), two)
+
+
 # -- the models -------------------------------------------------------------------------------------------------------
 
 
@@ -412,9 +421,7 @@ def test_a_collapse_is_told_once(scenes, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("method", "wrong", "message"),
     [
-        ("simsiam", "--norm shuffle", "--norm must be sync or batch, got shuffle"),
         ("simsiam", "--batch-size 8 --accumulate 8", "--batch-size must give batch norm 2 images at least, got 8: 1"),
-        ("densesiam", "--norm shuffle", "--norm must be sync or batch, got shuffle"),
         ("densesiam", "--masks raw --region-mass on", "--region-mass must be off with --masks raw"),
         ("densesiam", "--target p --similarity cosine", "--target must be z with --similarity cosine, got p"),
         ("densesiam", "--channels 1", "--channels must be at least 2, got 1"),
