@@ -30,7 +30,7 @@ TRAINERS = {
     "simsiam": simsiam,
     "densesiam": densesiam,
 }
-FPN = ("--form", "fpn", "--roi-size", "7")
+FPN = ("--form", "fpn", "--roi-size", "7", "--arch", "resnet10-narrow")  # -tiny has maps of four times the cells
 BIG = ("--size", "64", "--min-side", "4")  # views in which some proposals are seen
 DINO = ("--preset", "demo-dino", "--dim", "64")
 
@@ -241,7 +241,7 @@ SWITCHES = {
     ],
     "soco": [
         "--v3 crop --cutout square --jitter none",
-        "--form fpn --roi-size 7 --cutout prc --window on --jitter rbj --precision bf16",
+        "--form fpn --roi-size 7 --arch resnet10-narrow --cutout prc --window on --jitter rbj --precision bf16",
         "--regions grid --accumulate 2",
         "--regions free --norm batch --render device",
     ],
