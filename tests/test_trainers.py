@@ -241,8 +241,8 @@ SWITCHES = {
     ],
     "soco": [
         "--v3 crop --cutout square --jitter none",
-        "--form fpn --roi-size 7 --arch resnet10-narrow --cutout prc --window on --jitter rbj --precision bf16",
-        "--regions grid --accumulate 2",
+        "--form fpn --roi-size 7 --arch resnet10-narrow --cutout prc --window on --jitter rbj",
+        "--regions grid --accumulate 2 --precision bf16",
         "--regions free --norm batch --render device",
     ],
     "d3ssl": [
