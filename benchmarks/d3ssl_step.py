@@ -1,6 +1,6 @@
 """What a D3SSL step costs, and how much of it is not the network: data, choice of boxes, colours, composites.
 
-python benchmarks/trainers.py [--data PATH] [--arch resnet50] [--size 224] [--batch-size 256] [--precision bf16]
+python benchmarks/d3ssl_step.py [--data PATH] [--arch resnet50] [--size 224] [--batch-size 256] [--precision bf16]
 
 Without --data, scenes are made, with their own objects as boxes. Steps run one after the other on one device; each part
 is timed with the device waited for, so the parts add up to a little more than a step does.
@@ -121,7 +121,7 @@ def main() -> None:
     ]  # fmt: skip
     if device.type == "cuda":
         rows.append(("memory (GB)", f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"))
-    save("trainers", "A step of D3SSL", rows, {"seconds": clock.seconds})
+    save("d3ssl_step", "A step of D3SSL", rows, {"seconds": clock.seconds})
 
 
 if __name__ == "__main__":
