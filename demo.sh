@@ -45,9 +45,9 @@ measure() { # name, task, more flags
             --data "$OUT/new-scenes/instances.json" --count 400 --out "$OUT/scores/$side-$name.json" "$@" | tail -n 1
     done
 }
-measure object-knn object-knn --bank "$OUT/scenes/instances.json"
-measure object-knn-c3 object-knn --layer c3 --bank "$OUT/scenes/instances.json"
-measure disturbed-knn disturbed-knn --bank "$OUT/scenes/instances.json"
+measure object-knn object-knn
+measure object-knn-c3 object-knn --layer c3
+measure disturbed-knn disturbed-knn
 measure coupling-rate coupling-rate
 measure position-similarity position-similarity
 "$PYTHON" trainers/report.py --run "$OUT/d3ssl" --data "$OUT/scenes/images" --proposals "$OUT/proposals" \

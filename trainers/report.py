@@ -22,9 +22,9 @@ from geoaug import composite_pages, recipes, viz
 from trainers import common
 
 MEANING = """\
-object k-NN           Each object of new images, never trained on, is named by its 20 nearest objects of the images
-                      trained on, whose labels training did not see. Higher is better; always naming the largest class
-                      gives its share. C3 is an earlier layer: more of it is there before any training.
+object k-NN           Each object of new images, never trained on, is named by its 20 nearest objects of other new
+                      images; labels serve for nothing else. Higher is better; always naming the largest class gives
+                      its share. C3 is an earlier layer: more of it is there before any training.
 disturbed k-NN        The same with everything outside the objects replaced by another image: what is lost here was
                       read off the surroundings.
 coupling rate         How far an object's features change when another stands beside it. 1 is ideal.
