@@ -35,16 +35,23 @@ fi
 say "D3SSL, eight epochs"
 "$PYTHON" trainers/d3ssl.py "$@" --preset demo --output "$OUT/d3ssl"
 say "what the backbone has learnt, beside one that never saw an image"
-measure() { # name, task, more flags
-    name=$1 task=$2
-    shift 2
-    for side in random trained; do
-        weights=random
-        [ $side = random ] || weights="$OUT/d3ssl"
-        "$PYTHON" trainers/evaluate.py "$task" --weights "$weights" --arch resnet10-tiny --size 128 --tile 64 \
-            --data "$OUT/new-scenes/instances.json" --count 400 --out "$OUT/scores/$side-$name.json" "$@" | tail -n 1
-    done
+score() { # weights, file, task, more flags
+    weights=$1 file=$2 task=$3
+    shift 3
+    OMP_NUM_THREADS=1 "$PYTHON" trainers/evaluate.py "$task" --weights "$weights" --arch resnet10-tiny --size 128 \
+        --tile 64 --data "$OUT/new-scenes/instances.json" --count 400 --workers 0 --out "$OUT/scores/$file.json" "$@" \
+        >"$OUT/scores/$file.log"
+    echo "wrote $OUT/scores/$file.json"
 }
+measure() { # name, task, more flags: both nets at a time, a core each
+    name=$1
+    shift
+    score random "random-$name" "$@" &
+    random=$!
+    score "$OUT/d3ssl" "trained-$name" "$@"
+    wait "$random"
+}
+mkdir -p "$OUT/scores"
 measure object-knn object-knn
 measure object-knn-c3 object-knn --layer c3
 measure disturbed-knn disturbed-knn

@@ -121,7 +121,7 @@ def find_regions(batch: geoaug.Batch, config: Config) -> Regions:
     chosen, fallback = common.choose_boxes(
         batch, (0, 1), config.boxes, law=config.regions, min_side=config.min_side, min_visible=config.min_visible
     )
-    in_x1, in_x2 = (box_algebra.clip(maps[:, v].boxes(chosen)) for v in (0, 1))
+    in_x1, in_x2 = box_algebra.clip(maps[:, :2].boxes(chosen[:, None])).unbind(1)
     usable = batch.ok[:, None].expand(-1, config.boxes)
     mine = usable & ~fallback[:, None]
     room = geoaug.boxes_with_room(in_x2, mine, batch.plan.view_sizes[1], config.room)

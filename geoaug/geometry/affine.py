@@ -31,14 +31,12 @@ class AxisAffine:
     def __post_init__(self) -> None:
         checks.floats(self.scale, 2, "AxisAffine", "scale", "floating [*batch, 2]")
         checks.floats(self.shift, 2, "AxisAffine", "shift", "floating [*batch, 2]")
-        checks.require(
-            self.scale.shape == self.shift.shape, "AxisAffine", "shift", f"shaped like scale {list(self.scale.shape)}",
-            checks.shape_of(self.shift),
-        )  # fmt: skip
         same = self.scale.device == self.shift.device and self.scale.dtype == self.shift.dtype
-        checks.require(same, "AxisAffine", "shift", "of scale's device and dtype", checks.shape_of(self.shift))
+        if self.scale.shape != self.shift.shape or not same:
+            like = f"shaped like scale {list(self.scale.shape)}" if same else "of scale's device and dtype"
+            checks.require(False, "AxisAffine", "shift", like, checks.shape_of(self.shift))
         if checks.values_visible(self.scale):
-            invertible = bool((self.scale != 0).all())
+            invertible = bool((checks.plain(self.scale) != 0).all())
             checks.require(invertible, "AxisAffine", "scale", "non-zero", "a zero scale, which has no inverse")
 
     @classmethod

@@ -41,37 +41,44 @@ def values_visible(x: Tensor) -> bool:
     return x.device.type == "cpu" or os.environ.get("GEOAUG_CHECK") == "1"
 
 
-def _all_finite(x: Tensor) -> bool:
-    """Whether every value is finite; by numpy where it can, which takes a tenth of torch's five calls."""
-    if x.device.type == "cpu" and x.dtype != torch.bfloat16:
-        return bool(np.isfinite(x.detach().numpy()).all())
-    return bool(torch.isfinite(x).all())
+def plain(x: Tensor) -> Any:
+    """A tensor on a CPU as numpy has it, which looks at a few values in a tenth of torch's time; else the tensor."""
+    return x.detach().numpy() if x.device.type == "cpu" and x.dtype != torch.bfloat16 else x
+
+
+def _all_finite(x: Any) -> bool:
+    """Whether every value of a tensor or array is finite."""
+    return bool(torch.isfinite(x).all() if isinstance(x, Tensor) else np.isfinite(x).all())
 
 
 def floats(x: Any, last: int, where: str, argument: str, expected: str) -> Tensor:
     """Check a floating tensor whose last axis has `last` entries and whose values are finite."""
     ok = isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 1 and x.shape[-1] == last
-    require(ok, where, argument, expected, shape_of(x))
+    if not ok:  # what came is put into words in case of need only: this is called tens of times a step
+        require(ok, where, argument, expected, shape_of(x))
     if values_visible(x):
-        finite = _all_finite(x)
-        require(finite, where, argument, "finite", "NaN or infinite values")
+        require(_all_finite(plain(x)), where, argument, "finite", "NaN or infinite values")
     tensor: Tensor = x
     return tensor
 
 
 def ordered(x: Any, where: str, argument: str) -> None:
     """Check boxes [..., 4] of any number type: finite, x0 <= x1 and y0 <= y1."""
-    require(isinstance(x, Tensor) and x.shape[-1:] == (4,), where, argument, "a tensor [..., 4]", shape_of(x))
+    ok = isinstance(x, Tensor) and x.shape[-1:] == (4,)
+    if not ok:
+        require(ok, where, argument, "a tensor [..., 4]", shape_of(x))
     if values_visible(x):
-        require(_all_finite(x), where, argument, "finite", "NaN or infinite values")
-        fine = bool((x[..., 2:] >= x[..., :2]).all())
+        values = plain(x)
+        require(_all_finite(values), where, argument, "finite", "NaN or infinite values")
+        fine = bool((values[..., 2:] >= values[..., :2]).all())
         require(fine, where, argument, "boxes with x0 <= x1 and y0 <= y1", "reversed boxes")
 
 
 def xyxy(x: Any, where: str, argument: str) -> Tensor:
     """Check floating boxes [..., 4] as `ordered` does."""
     ok = isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (4,)
-    require(ok, where, argument, "floating boxes [..., 4] (x0, y0, x1, y1)", shape_of(x))
+    if not ok:
+        require(ok, where, argument, "floating boxes [..., 4] (x0, y0, x1, y1)", shape_of(x))
     ordered(x, where, argument)
     boxes: Tensor = x
     return boxes
@@ -118,6 +125,8 @@ def row_of(index: Any, length: int, where: str) -> int | None:
 
 def on_device(values: Sequence[float], like: Tensor) -> Tensor:
     """A few numbers as a tensor of the same type and device, filled there: a copy from the host would synchronise."""
+    if like.device.type == "cpu":
+        return torch.tensor(values, dtype=like.dtype)
     return torch.cat([like.new_full((1,), value) for value in values])
 
 

@@ -45,7 +45,9 @@ class Plan:
         ):
             x = getattr(self, name)
             ok = isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype
-            checks.require(ok, "Plan", name, f"{str(dtype).removeprefix('torch.')} {list(shape)}", checks.shape_of(x))
+            if not ok:
+                expected = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+                checks.require(ok, "Plan", name, expected, checks.shape_of(x))
         if checks.values_visible(self.crop):
             inside = kernels.crops_inside(self.crop.cpu().numpy(), self.source_size.cpu().numpy())
             checks.require(inside, "Plan", "crop", "boxes with pixels inside the source", "others")
@@ -144,19 +146,19 @@ def plan_views(specs: Sequence[ViewSpec], sizes: checks.Numbers, ids: checks.Num
     ok = table.ndim == 2 and table.shape[1] == 2
     checks.require(ok, "plan_views", "sizes", "[N, 2] (height, width)", list(table.shape))
     checks.require(len(table) == len(key), "plan_views", "ids", f"one per size, {len(table)}", len(key))
-    legal = bool(((table >= 1) & (table < 2**24)).all())
+    sides = table.numpy()
+    legal = sides.size == 0 or bool(sides.min() >= 1 and sides.max() < 2**24)
     checks.require(legal, "plan_views", "sizes", "sides in [1, 2^24)", "others")
 
-    source: npt.NDArray[np.int32] = table.numpy().astype(np.int32)
+    source: npt.NDArray[np.int32] = sides.astype(np.int32)
     whole = np.concatenate((np.zeros_like(source), source[:, ::-1]), axis=1)
     crops = np.empty((len(specs), len(key), 4), dtype=np.int32)
     flipped = np.empty((len(specs), len(key)), dtype=np.bool_)
     for v, spec in enumerate(specs):
         for name in ("within", "view"):
             earlier = getattr(spec, name)
-            checks.require(
-                earlier is None or earlier < v, "plan_views", f"specs[{v}].{name}", "an earlier view", earlier
-            )
+            if earlier is not None and earlier >= v:
+                checks.require(False, "plan_views", f"specs[{v}].{name}", "an earlier view", earlier)
         if spec.view is not None:
             crops[v], flipped[v] = crops[spec.view], flipped[spec.view]
             continue

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..geometry.plan import plan_views
+from ..geometry.plan import Plan, plan_views
 from ..geometry.rng import Key
 from .batch import Batch, pad_boxes
 from .decode import ROTATED as ROTATED_NOTE
@@ -18,21 +20,52 @@ from .jpeg_kernels import OK
 from .order import PADDING
 from .turbojpeg import KINDS, most_scratch, reason
 
+_AT_ONCE = 16  # batches that are planned together
 UNKNOWN, PLAIN, ROTATED, DAMAGED = range(4)  # what has been seen of a sample
+
+
+class Plans:
+    """The plans of an epoch's batches, drawn for several at once: a call costs more than its draws do."""
+
+    def __init__(self, loader: Any, epoch: int, rows: Callable[[int], npt.NDArray[np.int64]]) -> None:
+        """`rows(step)` are the rows of the .beton in a batch, PADDING among them."""
+        self._loader, self._epoch, self._rows = loader, epoch, rows
+        short = any(spec.kind == "short_side" for spec in loader.tasks.specs)  # its size is that of its batch
+        self._at_once, self._lock = 1 if short else _AT_ONCE, threading.Lock()
+        self._drawn: dict[int, Plan] = {}
+
+    def of(self, step: int) -> Plan:
+        """The plan of a batch; steps are asked for about in order, by any thread."""
+        block, place = divmod(step, self._at_once)
+        with self._lock:
+            if block not in self._drawn:
+                steps = range(block * self._at_once, min((block + 1) * self._at_once, len(self._loader)))
+                rows = np.concatenate([self._rows(s) for s in steps])
+                self._drawn = {b: plan for b, plan in self._drawn.items() if b == block - 1}
+                self._drawn[block] = plan_rows(self._loader, self._epoch, rows)
+            plan = self._drawn[block]
+        share = len(self._rows(step))
+        return plan if self._at_once == 1 else plan[place * share : (place + 1) * share]
+
+
+def plan_rows(loader: Any, epoch: int, rows: npt.NDArray[np.int64]) -> Plan:
+    """The views of rows of the loader's .beton; PADDING is a source of one pixel."""
+    filled, dataset = rows != PADDING, loader.tasks
+    sizes = np.where(filled[:, None], loader.beton.stored[rows], 1)
+    ids = np.where(filled, loader.beton.ids[rows], PADDING)
+    return plan_views(dataset.specs, sizes, ids, seed=dataset.seed, epoch=epoch)
 
 
 class BetonJob:
     """One batch in the making, see `Crew`; `loader` is the `BetonLoader`, which imports this module."""
 
-    def __init__(self, loader: Any, epoch: int, rows: npt.NDArray[np.int64]) -> None:
+    def __init__(self, loader: Any, epoch: int, rows: npt.NDArray[np.int64], plan: Plan) -> None:
         beton, dataset = loader.beton, loader.tasks
         self._loader, self._rows, self._filled = loader, rows, rows[rows != PADDING]
         filled = len(self._filled)
         self._task = loader._task(epoch, rows)
         self.names = self._task.names
-        self._sizes = np.ones((len(rows), 2), dtype=np.int32)
-        self._sizes[:filled] = beton.stored[self._filled]
-        self._plan = plan_views(dataset.specs, self._sizes, self._task.ids, seed=dataset.seed, epoch=self._task.planned)
+        self._plan, self._sizes = plan, plan.source_size.numpy()
         self._key = Key(dataset.seed, epoch, self._plan.ids)
 
         self._metadata = np.zeros(len(rows), dtype=loader.pipeline.type)  # rows of padding have no bytes

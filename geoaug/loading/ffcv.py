@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .beton import Beton
-from .beton_job import DAMAGED, PLAIN, ROTATED, UNKNOWN, BetonJob
+from .beton_job import DAMAGED, PLAIN, ROTATED, UNKNOWN, BetonJob, Plans, plan_rows
 from .crew import Crew, Pool
 from .decode import _orientation, decode_jpeg
 from .folder import LoadError, Task, Tasks, Worked
@@ -47,7 +47,7 @@ class BetonLoader(Loader):
         self._crews: WeakSet[Crew[Worked]] = WeakSet()
         nobody = np.zeros(0, dtype=np.int64)
         with self._hired(1) as (worker,):  # compiles here, in the thread of whoever opens the loader
-            BetonJob(self, 0, nobody).take_part(worker)
+            BetonJob(self, 0, nobody, plan_rows(self, 0, nobody)).take_part(worker)
 
     @property
     def has_boxes(self) -> bool:
@@ -81,7 +81,7 @@ class BetonLoader(Loader):
         return Task(
             epoch=epoch,
             planned=0 if self._replay else epoch,
-            names=[self.beton.names[row] for row in filled.tolist()] + [""] * pad,
+            names=self.beton.names.of(filled) + [""] * pad,
             ids=np.concatenate((self.beton.ids[filled], np.full(pad, PADDING))),
             labels=np.concatenate((self.beton.labels[filled], np.full(pad, -1))),
             boxes=boxes,
@@ -94,9 +94,13 @@ class BetonLoader(Loader):
     def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         order = self._rows_of_epoch(epoch)
 
+        def rows(step: int) -> npt.NDArray[np.int64]:
+            return rows_of(order, step, batch_size=self._batch_size, rank=self._rank, world=self._world)
+
+        plans = Plans(self, 0 if self._replay else epoch, rows)
+
         def job(step: int) -> BetonJob:
-            rows = rows_of(order, step, batch_size=self._batch_size, rank=self._rank, world=self._world)
-            return BetonJob(self, epoch, rows)
+            return BetonJob(self, epoch, rows(step), plans.of(step))
 
         pin = self._device.type == "cuda"
         crew: Crew[Worked]

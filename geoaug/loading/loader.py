@@ -212,7 +212,8 @@ class Loader:
         padded = worked.padded
         if pin:
             batch, padded = batch.pin_memory(), None if padded is None else padded.pin_memory()
-        batch = batch.to(self._device, non_blocking=pin)
+        if self._device.type != "cpu":  # where all of it is made
+            batch = batch.to(self._device, non_blocking=pin)
         if padded is not None:
             batch.images = render_batch(padded.to(self._device, non_blocking=pin), batch.plan)
         return batch

@@ -23,6 +23,7 @@ from .color_spec import BYOL_1, BYOL_2, MOCO_V2, PICIE, ColorSpec
 
 __all__ = ["BYOL_1", "BYOL_2", "MOCO_V2", "PICIE", "ColorSpec", "ColorTable", "color", "draw_colors", "paint"]
 
+_PER_THREAD = 2**20  # values below which a thread more costs what it saves
 _ROWS = 4  # samples a thread takes at a time: enough to hide the call, few enough to share blurred rows out evenly
 
 
@@ -50,16 +51,18 @@ class ColorTable:
             ("solarize", self.solarize, torch.bool, "bool [B]"),
         ):
             ok = isinstance(x, Tensor) and x.dtype == dtype and x.shape == ((B, 4) if expected.endswith("4]") else (B,))
-            checks.require(ok, "ColorTable", name, expected, checks.shape_of(x))
+            if not ok:
+                checks.require(ok, "ColorTable", name, expected, checks.shape_of(x))
         if checks.values_visible(self.factors):
-            blends, turn = self.factors[:, :3], self.factors[:, 3]
-            ok = bool(((blends >= 0) & torch.isfinite(blends)).all()) and bool((turn.abs() <= 0.5).all())
+            factors, order, sigma = (x.detach().cpu().numpy() for x in (self.factors, self.order, self.sigma))
+            ok = bool(((factors[:, :3] >= 0) & np.isfinite(factors[:, :3])).all())
+            ok = ok and bool((np.abs(factors[:, 3]) <= 0.5).all())
             checks.require(
                 ok, "ColorTable", "factors", "three of at least 0 and a turn in [-0.5, 0.5]", "values outside"
             )
-            ok = bool((self.order.sort(dim=1).values == torch.arange(4, device=self.order.device)).all())
+            ok = bool((np.sort(order, axis=1) == np.arange(4)).all())
             checks.require(ok, "ColorTable", "order", "0, 1, 2, 3 in some order", "rows that are not")
-            ok = bool(((self.sigma >= 0) & torch.isfinite(self.sigma)).all())
+            ok = bool(((sigma >= 0) & np.isfinite(sigma)).all())
             checks.require(ok, "ColorTable", "sigma", "finite and at least 0", "values outside")
 
     @property
@@ -69,6 +72,8 @@ class ColorTable:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ColorTable:
         """The same table on another device."""
+        if self.factors.device == torch.device(device):
+            return self
         return ColorTable(*(x.to(device, non_blocking=non_blocking) for x in self.columns))
 
     def __len__(self) -> int:
@@ -84,18 +89,19 @@ def draw_colors(spec: ColorSpec, key: Key) -> ColorTable:
     u = key.uniform("color", 16)  # one stream, because each is some 150 launches on a device
     # Every operation below is exactly rounded, so that a number's bits never depend on its place in a vector.
     jittered = (u[:, :4] if spec.each else u[:, :1].expand(-1, 4)) < spec.jitter
-    columns = []
-    for i, strength in enumerate((spec.brightness, spec.contrast, spec.saturation)):
-        low = max(0.0, 1.0 - strength)
-        columns.append(torch.where(jittered[:, i], u[:, 4 + i] * (1.0 + strength - low) + low, 1.0))
-    columns.append(torch.where(jittered[:, 3], (u[:, 7] * 2.0 - 1.0) * spec.hue, 0.0))
+    strengths = (spec.brightness, spec.contrast, spec.saturation)
+    least = [max(0.0, 1.0 - x) for x in strengths]
+    span = [1.0 + x - low for x, low in zip(strengths, least, strict=True)]
+    drawn = u[:, 4:7] * checks.on_device(span, u) + checks.on_device(least, u)
+    blends = torch.where(jittered[:, :3], drawn, 1.0)
+    turn = torch.where(jittered[:, 3:], (u[:, 7:8] * 2.0 - 1.0) * spec.hue, 0.0)
     order = torch.argsort(u[:, 8:12], dim=1, stable=True)
     if spec.order == "fixed":
         order = torch.arange(4, device=u.device).repeat(len(key), 1)
     low, high = spec.sigma
     sigma = (u[:, 14] * (high - low) + low).abs()
     return ColorTable(
-        factors=torch.stack(columns, dim=1),
+        factors=torch.cat((blends, turn), dim=1),
         order=order,
         gray=u[:, 12] < spec.gray,
         sigma=torch.where(u[:, 13] < spec.blur, sigma, 0.0),
@@ -172,7 +178,7 @@ def _paint_cpu(
         color_kernels.paint(source[rows], scale, *part, radius, np.float32(threshold), centre, spread, target[rows])
 
     firsts = range(0, len(images), _ROWS)
-    threads = min(torch.get_num_threads(), len(firsts))
+    threads = min(torch.get_num_threads(), len(firsts), images.numel() // _PER_THREAD)
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, firsts))  # the list raises what a thread raised

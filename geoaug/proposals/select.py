@@ -147,8 +147,9 @@ def choose(
     checks.require(0 <= min_side < 2**24, where, "min_side", "pixels, at least 0", min_side)
     checks.require(0.0 <= min_visible <= 1.0, where, "min_visible", "in [0, 1]", min_visible)
 
-    eligible = valid & _seen(boxes, views, sizes, float(min_side), float(min_visible))
-    whole = _shown_by_all(views)
+    maps, sides = _stacked(boxes, views, sizes)
+    eligible = valid & _seen(boxes, maps, sides, float(min_side), float(min_visible))
+    whole = _shown_by_all(maps)
     count = eligible.sum(dim=1, keepdim=True)  # [B, 1]
     if slots == 0:  # a slot to point at; none is eligible
         boxes, eligible = boxes.new_zeros(batch, 1, 4), eligible.new_zeros(batch, 1)
@@ -162,33 +163,35 @@ def choose(
     return torch.where(none[..., None], whole[:, None], chosen), torch.where(none, -1, slot), none[:, 0]
 
 
-def _seen(boxes: Tensor, views: Sequence[AxisAffine], sizes: Sequence[Any], min_side: float, share: float) -> Tensor:
-    """Which boxes [B, M] every view shows with sides of min_side pixels and a share of their area."""
-    where = "choose"
+def _stacked(boxes: Tensor, views: Sequence[AxisAffine], sizes: Sequence[Any]) -> tuple[AxisAffine, Tensor]:
+    """The maps of all views as one of batch [B, V], and the views' sizes [V, 1, 2] (width, height)."""
+    where, batch = "choose", len(boxes)
     pairs = isinstance(views, Sequence) and isinstance(sizes, Sequence) and 0 < len(views) == len(sizes)
     checks.require(pairs, where, "sizes", "one (h, w) for each of at least one view", sizes)
-    seen = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
-    for view, size in zip(views, sizes, strict=True):
-        ok = isinstance(view, AxisAffine) and view.scale.shape == (len(boxes), 2)
+    for view in views:
+        ok = isinstance(view, AxisAffine) and view.scale.shape == (batch, 2)
         got = list(view.scale.shape[:-1]) if isinstance(view, AxisAffine) else type(view).__name__
-        checks.require(ok, where, "views", f"AxisAffine maps [{len(boxes)}]", got)
+        checks.require(ok, where, "views", f"AxisAffine maps [{batch}]", got)
         checks.require(view.scale.device == boxes.device, where, "views", f"on {boxes.device}", view.scale.device)
-        height, width = checks.pair_of_sizes(size, where, "sizes")
-        in_view = view.boxes(boxes)
-        clipped = box_algebra.clip(in_view)
-        sides = (clipped[..., 2:] - clipped[..., :2]) * checks.on_device((width, height), boxes)
-        seen &= (sides >= min_side - _PIXEL_SLACK).all(-1)
-        seen &= box_algebra.visible_fraction(in_view) >= share - _SHARE_SLACK
-        # a corner or an edge is no box, whatever is asked for
-        seen &= (sides > 0).all(-1)
-    return seen
+    sides = [side for size in sizes for side in reversed(checks.pair_of_sizes(size, where, "sizes"))]
+    maps = (torch.stack([getattr(view, name) for view in views], dim=1) for name in ("scale", "shift"))
+    return AxisAffine(*maps), checks.on_device(sides, boxes).view(-1, 1, 2)
 
 
-def _shown_by_all(views: Sequence[AxisAffine]) -> Tensor:
-    """The source rectangle [B, 4] that all views show, or that of the first where they have none in common."""
-    unit = checks.on_device((0.0, 0.0, 1.0, 1.0), views[0].scale).expand(views[0].scale.shape[0], 1, 4)
-    shown = [(~view).boxes(unit)[:, 0] for view in views]
-    stacked = torch.stack(shown)
-    low, high = stacked[..., :2].amax(dim=0), stacked[..., 2:].amin(dim=0)
-    common = (high - low > _TOUCH).all(-1, keepdim=True)
-    return torch.where(common, torch.cat((low, high), dim=-1), shown[0])
+def _seen(boxes: Tensor, views: AxisAffine, sizes: Tensor, min_side: float, share: float) -> Tensor:
+    """Which boxes [B, M] every view of views [B, V] shows with sides of min_side pixels and a share of their area."""
+    in_view = views.boxes(boxes[:, None])  # [B, V, M, 4]
+    clipped = box_algebra.clip(in_view)
+    sides = (clipped[..., 2:] - clipped[..., :2]) * sizes
+    seen = (sides >= min_side - _PIXEL_SLACK) & (sides > 0)  # a corner or an edge is no box, whatever is asked for
+    shown = box_algebra.visible_fraction(in_view) >= share - _SHARE_SLACK
+    return (seen.all(dim=-1) & shown).all(dim=1)
+
+
+def _shown_by_all(views: AxisAffine) -> Tensor:
+    """The source rectangle [B, 4] that all views [B, V] show, or that of the first where they have none in common."""
+    unit = checks.on_device((0.0, 0.0, 1.0, 1.0), views.scale)
+    shown = (~views).boxes(unit.expand(*views.batch_shape, 1, 4))[..., 0, :]  # [B, V, 4]
+    low, high = shown[..., :2].amax(dim=1), shown[..., 2:].amin(dim=1)
+    common = (high - low > _TOUCH).all(dim=-1, keepdim=True)
+    return torch.where(common, torch.cat((low, high), dim=-1), shown[:, 0])
