@@ -585,9 +585,9 @@ def boom(*arguments, **options):
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("where", ["run_pipeline", "finish", "plan_views"])
+@pytest.mark.parametrize("where", ["run_pipeline", "finish", "most_scratch"])
 def test_an_error_in_a_thread_reaches_the_consumer_at_once(beton, monkeypatch, where):
-    owner = {"run_pipeline": ffcv_ops.Worker, "finish": beton_job.BetonJob, "plan_views": beton_job}[where]
+    owner = {"run_pipeline": ffcv_ops.Worker, "finish": beton_job.BetonJob, "most_scratch": beton_job}[where]
     with open_loader(beton, SPECS, batch_size=2, seed=0, workers=2) as loader:
         iterator = iter(loader)
         next(iterator)
