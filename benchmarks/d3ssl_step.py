@@ -54,7 +54,12 @@ def measure(config: d3ssl.Config, data: Path, device: torch.device, steps: int) 
     d3ssl.augment = lambda *_: made[0]  # made outside of the forward, so that it can be timed apart
     try:
         with open_loader(
-            data, d3ssl.recipe(config).views[:2], batch_size=config.batch_size, seed=0, device=device
+            data,
+            d3ssl.recipe(config).views[:2],
+            batch_size=config.batch_size,
+            seed=0,
+            device=device,
+            workers=config.workers,
         ) as loader:
             while done < steps + 2:  # the first two compile and warm up
                 iterator = iter(loader)
@@ -121,7 +126,8 @@ def main() -> None:
     ]  # fmt: skip
     if device.type == "cuda":
         rows.append(("memory (GB)", f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"))
-    save("d3ssl_step", "A step of D3SSL", rows, {"seconds": clock.seconds})
+    name = "d3ssl_step" if config == d3ssl.PRESETS["demo"] else f"d3ssl_step_{config.arch}_{config.size}"
+    save(name, "A step of D3SSL", rows, {"seconds": clock.seconds})
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ PRESETS = {
     "demo": Config(
         output=Path("runs/demo/d3ssl"), epochs=8, batch_size=32, arch="resnet10-tiny", size=64, min_side=8.0,
         hidden=256, roi_size=4, queue=2048, ema=0.99, lr=0.4, warmup_epochs=0.5, log_every=5, save_every=200,
+        workers=1,
     ),
 }  # fmt: skip
 
@@ -144,13 +145,14 @@ class Views:
 @torch.no_grad()
 def augment(batch: geoaug.Batch, regions: Regions, config: Config) -> Views:
     """Colours, cutouts, windows, jitter and the composite (section 4.1, eq. 2 and 8), each under a key of its own."""
-    colors, key = recipe(config).colors, batch.key
+    settings, key = recipe(config), batch.key
+    colors = settings.colors
     x1 = geoaug.color(batch.images[0], colors[0], key.fold("x1"))
     x2 = geoaug.color(batch.images[1], colors[1], key.fold("x2"))
     if config.x2s == "render":
         x2s = geoaug.color(batch.images[2], colors[2], key.fold("x2s"))
     else:
-        half = recipe(config).views[2].height_width
+        half = settings.views[2].height_width
         x2s = functional.interpolate(x2, half, mode="bilinear", antialias=True, align_corners=False)
     masks = {"cutout": config.cutout, "window": config.window, "window_mode": config.window_mode}
     for_x1, for_x2s = ((x.shape[-2], x.shape[-1]) for x in (x1, x2s))

@@ -111,7 +111,14 @@ class Key:
             raise TypeError(f"Key.fold: name must be a string, got {name!r}")
         # "/" joins the path, so fold("a/b") would be fold("a").fold("b").
         checks.require(name != "" and "/" not in name, "Key.fold", "name", "not empty and without '/'", repr(name))
-        return replace(self, path=(*self.path, name))
+        return self._with(self.epoch, self.ids, (*self.path, name))
+
+    def _with(self, epoch: int, ids: Tensor, path: tuple[str, ...]) -> Key:
+        """A key of parts that are known to be right: checking them again would cost more than most draws."""
+        key = object.__new__(Key)
+        for name, value in (("seed", self.seed), ("epoch", epoch), ("ids", ids), ("path", path)):
+            object.__setattr__(key, name, value)
+        return key
 
     def at_epoch(self, epoch: int) -> Key:
         """The same key in another epoch."""
@@ -124,7 +131,7 @@ class Key:
     def __getitem__(self, rows: SupportsIndex | slice | Sequence[int] | Tensor) -> Key:
         """The key of some rows; one row keeps its axis, [1]."""
         row = checks.row_of(rows, len(self), "Key")
-        return replace(self, ids=self.ids[rows if row is None else slice(row, row + 1)])
+        return self._with(self.epoch, self.ids[rows if row is None else slice(row, row + 1)].contiguous(), self.path)
 
     def __len__(self) -> int:
         return len(self.ids)
