@@ -51,7 +51,7 @@ class Scale(NamedTuple):
 # On many small objects without a usual colour not even labels teach anything in minutes: few, large ones here.
 _EASY = ("--objects", "1", "3", "--radius", "0.13", "0.26", "--usual-colors")
 SCALES = {
-    "cpu": Scale(2000, 600, 128, _EASY, 64, 32, 5, "resnet10-tiny"),  # 310 steps
+    "cpu": Scale(2000, 600, 128, _EASY, 64, 32, 4, "resnet10-tiny"),  # 248 steps
     "gpu": Scale(20000, 2000, 256, ("--objects", "2", "6", "--usual-colors"), 160, 256, 60, "resnet18"),
     "tiny": Scale(32, 32, 96, _EASY, 64, 8, 1, "resnet10-tiny"),  # to see that everything runs
 }
