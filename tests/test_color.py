@@ -7,6 +7,7 @@ import torch
 from torchvision.transforms.v2 import functional
 
 from geoaug import Key
+from geoaug.pixels import color as module
 from geoaug.pixels import color_ops
 from geoaug.pixels.color import BYOL_1, BYOL_2, MOCO_V2, PICIE, ColorSpec, ColorTable, color, draw_colors, paint
 
@@ -126,7 +127,8 @@ def test_bits_do_not_depend_on_the_batch(name, size):
     assert torch.equal(color(images[rows], spec, key[rows]), whole[rows])
 
 
-def test_bits_do_not_depend_on_threads_or_strides():
+def test_bits_do_not_depend_on_threads_or_strides(monkeypatch):
+    monkeypatch.setattr(module, "_PER_THREAD", 1)  # so few pixels would have one thread
     images, key = views(9, 40, 30), Key(0, 0, range(9))
     whole, threads = color(images, BYOL_1, key), torch.get_num_threads()
     assert torch.equal(color(images.to(memory_format=torch.channels_last), BYOL_1, key), whole)

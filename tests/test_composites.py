@@ -330,8 +330,10 @@ def test_a_mask_on_the_result_is_one_moved_before():
     assert torch.equal(paste(images, mask, rows, shift), paste(images, mask, images, shift))
 
 
+@pytest.mark.parametrize("per_thread", [1, 2**30])  # threads that share the images, and none
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=str)
-def test_paste_writes_where_it_is_told_even_onto_what_it_reads(dtype):
+def test_paste_writes_where_it_is_told_even_onto_what_it_reads(dtype, per_thread, monkeypatch):
+    monkeypatch.setattr(pasting, "_PER_THREAD", per_thread)
     g, n = np.random.default_rng(3), 12
     images, others = pictures(n, 9, 11, dtype), pictures(n, 9, 11, dtype, seed=1)
     mask = torch.from_numpy(g.random((n, 9, 11)) < 0.5)
