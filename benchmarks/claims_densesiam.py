@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import claims_segmentation
 from benchmarks.experiments import Claim, Lab
 
 # Wider steps than the paper's 0.05: its runs have 185,000 of them, these 400.
@@ -23,8 +24,8 @@ def top1(lab: Lab, trainer: str, seed: int, *flags: str) -> float:
 
 
 def claims(lab: Lab) -> list[Claim]:
-    """All of the paper's claims that can be measured here."""
-    return pretraining(lab)
+    """All of the paper's claims that can be measured here: those of segmentation are claims_segmentation.py's."""
+    return pretraining(lab) + claims_segmentation.claims(lab)
 
 
 def pretraining(lab: Lab) -> list[Claim]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import resource
 import statistics
 import subprocess
 import sys
@@ -121,11 +122,14 @@ def main() -> None:
         ("images a second", f"{config.batch_size / whole:.1f}"),
         ("waiting for data, share of a step", f"{100 * middle['data'] / whole:.1f} %"),
         ("boxes and views, share of a step", f"{100 * (middle['boxes'] + middle['views']) / whole:.1f} %"),
+        ("all but network and update, share of a step",
+         f"{100 * (whole - middle['network'] - middle['update']) / whole:.1f} %"),
         ("arch, size, batch, precision, device",
          f"{config.arch}, {config.size}, {config.batch_size}, {config.precision}, {device.type}"),
     ]  # fmt: skip
-    if device.type == "cuda":
-        rows.append(("memory (GB)", f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"))
+    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = torch.cuda.max_memory_allocated() if device.type == "cuda" else on_cpu
+    rows.append(("memory at the most (GB)", f"{held / 1e9:.2f}"))
     name = "d3ssl_step" if config == d3ssl.PRESETS["demo"] else f"d3ssl_step_{config.arch}_{config.size}"
     save(name, "A step of D3SSL", rows, {"seconds": clock.seconds})
 

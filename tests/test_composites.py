@@ -19,6 +19,8 @@ from geoaug.pixels.composites import (
     boxes_with_room,
     cutout_masks,
     draw_cutouts,
+    draw_square_cutouts,
+    draw_windows,
     free_boxes,
     grid_boxes,
     jitter_boxes,
@@ -97,6 +99,21 @@ def test_squares_are_the_loops(size):
         assert torch.equal(~keep[b], mask_of(cut, size))
 
 
+def test_squares_are_told_box_by_box():
+    given_boxes, valid = scene(K=5)
+    plan = draw_square_cutouts(given_boxes, valid, (40, 60), key=key_of(6), ratio=(0.2, 0.7))
+    assert torch.equal(plan.keep(), square_cutout_masks(given_boxes, valid, (40, 60), key=key_of(6), ratio=(0.2, 0.7)))
+    drawn = plan.ratio > 0
+    assert 0 < drawn.float().mean() < 1
+    assert ((plan.ratio[drawn] >= 0.2) & (plan.ratio[drawn] < 0.7)).all()
+    assert not rectangles.count(plan.cuts)[~drawn].any()
+    kept = plan.keep()
+    for b, k in itertools.product(range(6), range(5)):
+        x0, y0, x1, y1 = plan.boxes[b, k].tolist()
+        inside = kept[b, y0:y1, x0:x1].float()
+        assert plan.shown()[b, k] == pytest.approx(float(inside.mean()) if inside.numel() else 0.0)
+
+
 def test_published_vector_nine():
     box = boxes.from_pixels(torch.tensor([[[60.0, 40.0, 160.0, 90.0]]]), (224, 224))
     plan = draw_cutouts(box, torch.tensor([[True]]), 224, key=Key(0, 0, [1]), ratio=(0.25, 0.25))
@@ -172,6 +189,13 @@ def test_windows_are_the_loops(size, mode):
     for b in range(6):
         kept = reference.window(size, u[b], (0.2, 0.6), (3 / 4, 4 / 3), mode)
         assert torch.equal(keep[b], mask_of(kept.union(*pixels_of(given_boxes[b], valid[b], size)), size))
+    record = draw_windows(given_boxes, valid, size, key=key, mode=mode)
+    assert torch.equal(record.keep(), keep)
+    torch.testing.assert_close(record.masked(), 1 - keep.float().mean(dim=(1, 2)))
+    for b, (x0, y0, x1, y1) in enumerate(record.window.tolist()):
+        assert keep[b, y0:y1, x0:x1].all()
+        kept = reference.window(size, u[b], (0.2, 0.6), (3 / 4, 4 / 3), mode)
+        assert (y1 - y0) * (x1 - x0) == len(kept)
 
 
 @pytest.mark.parametrize(("mode", "low", "high"), [("masked", 0.2, 0.6), ("visible", 0.4, 0.8)])

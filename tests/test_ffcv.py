@@ -873,12 +873,18 @@ def test_open_loader_takes_a_beton_by_its_name(beton, folder, tmp_path):
     with open_loader(beton, SPECS, **options) as loader, open_loader(folder, SPECS, **options) as other:
         assert type(loader).__name__ == "BetonLoader"
         assert all(same(a, b) for a, b in zip(loader, other, strict=True))
+        other.load_state_dict(loader.state_dict())
     names = list(Beton.open(beton).names)
     box = np.array([[1, 2, 11, 22]], dtype=np.uint16)
     ProposalStore.write(tmp_path / "store", [(name, (40, 50), box) for name in names])
     with open_loader(beton, SPECS, proposals=tmp_path / "store", **options) as loader:
         batch = next(iter(loader))
         assert batch.box_valid.sum(1).tolist() == [1] * 4
+        state = loader.state_dict()
+    with open_loader(folder, SPECS, proposals=tmp_path / "store", **options) as other:
+        other.load_state_dict(state)
+    with open_loader(folder, SPECS, **options) as other, pytest.raises(ValueError, match="boxes must be the loader's"):
+        other.load_state_dict(state)
     ProposalStore.write(tmp_path / "other", [(f"other/{name}", (40, 50), box) for name in names])
     with pytest.raises(ValueError, match="images have no entry"):
         open_loader(beton, SPECS, proposals=tmp_path / "other", **options)

@@ -354,6 +354,23 @@ def test_a_store_of_proposals_by_path(folder, tmp_path, our_errors):
         epoch(folder, proposals=tmp_path / "other")
 
 
+def test_a_state_goes_with_its_proposals(folder, tmp_path, our_errors):
+    names = [p.relative_to(folder / "images").as_posix() for p in (folder / "images").rglob("*.jpg")]
+    box = np.array([[1, 2, 11, 22]], dtype=np.uint16)
+    for path, counts in (("one", [1] * 22), ("same", [1] * 22), ("more", [1] * 21 + [2])):
+        entries = [(name, (40, 50), box.repeat(n, 0)) for name, n in zip(names, counts, strict=True)]
+        ProposalStore.write(tmp_path / path, entries)
+    options = {"batch_size": 4, "seed": 0, "workers": 0}
+    with open_loader(folder, SPECS, proposals=tmp_path / "one", **options) as loader:
+        state = loader.state_dict()
+    with open_loader(folder, SPECS, proposals=tmp_path / "same", **options) as loader:
+        loader.load_state_dict(state)
+    for other in ({"proposals": tmp_path / "more"}, {}):
+        told = pytest.raises(ValueError, match="load_state_dict: boxes must be the loader's own")
+        with open_loader(folder, SPECS, **other, **options) as loader, told:
+            loader.load_state_dict(state)
+
+
 def test_batches_move(folder):
     batch = epoch(folder)[0]
     moved = batch.to("meta")

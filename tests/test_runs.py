@@ -332,6 +332,16 @@ def test_a_tracker_that_is_not_installed_is_told(tracker, config, monkeypatch):
     refused(replace(config, tracker=tracker), f"--tracker {tracker} needs its package")
 
 
+def test_tensorboard_gets_what_the_log_gets(config):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(replace(config, tracker="tensorboard", max_steps=3, log_every=1))
+    (file,) = config.output.rglob("events.out.tfevents.*")
+    events = event_accumulator.EventAccumulator(str(file.parent)).Reload()
+    told = [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
+    assert told == [(line["step"], line["loss"]) for line in lines(config)]
+    assert len(told) == 3
+
+
 def test_micro_batches_are_those_of_the_config_whatever_the_environment_says(config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     accelerator = common.start(replace(config, accumulate=2))

@@ -175,6 +175,20 @@ def near(run, other, tolerance=1e-5):
     assert len(losses[0]) > 1
     assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=tolerance)
     assert farthest(training.newest(run), training.newest(other)) < tolerance
+    assert farthest_gradients(training.newest(run), training.newest(other)) < tolerance
+
+
+def farthest_gradients(a, b):
+    """The largest difference of two runs' momenta, sums of gradients, as a share of the largest entry of all."""
+    ours, theirs = (
+        {(i, name): x.double() for i, state in each["optimizer"]["state"].items() for name, x in state.items()
+         if name in ("momentum_buffer", "velocity", "exp_avg")}
+        for each in (a, b)
+    )  # fmt: skip
+    assert ours.keys() == theirs.keys()
+    assert ours
+    apart = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    return apart / max(float(x.abs().max()) for x in ours.values())
 
 
 def test_two_processes_of_torchrun_are_one(broken, tmp_path):
@@ -215,6 +229,21 @@ def test_two_processes_are_one(method, more, broken, tmp_path):
         command = training.command(method, broken, tmp_path / str(world), *more)
         assert training.train(method, command, tmp_path / "log", world=world) == [0] * world
     near(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_a_beton_trains_as_its_json_does_and_goes_on(scenes, tmp_path):
+    pytest.importorskip("ffcv")
+    from data_prep import write_beton
+
+    file = tmp_path / "scenes.beton"
+    assert write_beton.main([str(scenes), "--out", str(file), "--workers", "1"]) == 0
+    json, beton = (here("d3ssl", data, tmp_path / data.suffix[1:], "--max-steps", "3") for data in (scenes, file))
+    assert [line["loss"] for line in json] == [line["loss"] for line in beton]
+    here("d3ssl", file, tmp_path / "stopped", "--max-steps", "2")
+    here("d3ssl", file, tmp_path / "stopped", "--max-steps", "3")
+    for other in ("json", "stopped"):
+        assert same(training.newest(tmp_path / "beton")["model"], training.newest(tmp_path / other)["model"])
 
 
 @pytest.mark.parametrize("method", [name for name, trainer in TRAINERS.items() if hasattr(trainer.Config, "ema")])

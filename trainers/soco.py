@@ -2,7 +2,7 @@
 
     accelerate launch trainers/soco.py --data coco.beton --output runs/soco                       # C4, 800 epochs
     accelerate launch trainers/soco.py --data coco.beton --preset fpn-400ep --output runs/soco-fpn
-    accelerate launch trainers/soco.py --data coco.beton --preset coco-200ep-d3ssl                # D3SSL's Table 6
+    accelerate launch trainers/soco.py --data mini.beton --preset openimage-mini-200ep-d3ssl      # D3SSL's Table 6
 
 D3SSL's base and baseline: VOC07+12 56.8 AP, COCO box 39.6 AP after 800 epochs of COCO (D3SSL's Table 1; we have not run
 them). Not reproduced: SoCo crops an image anew when too few boxes fall into the crop; here views are planned before

@@ -54,6 +54,9 @@ class BetonLoader(Loader):
         """Whether batches come with boxes at all: of a store, or of the .beton."""
         return self._proposals is not None or bool(self.beton.counts.any())
 
+    def _box_counts(self) -> npt.NDArray[np.int64]:
+        return self.beton.counts if self._proposals is None else super()._box_counts()
+
     def stored(self, name: str) -> UInt8[Tensor, "H W 3"]:
         """The stored pixels of one image, as views are cut from them."""
         return decode_jpeg(self.beton.jpeg(self._row(name)).tobytes(), verify=True)

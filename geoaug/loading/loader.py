@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakSet
@@ -117,7 +119,20 @@ class Loader:
     def _identity(self) -> dict[str, Any]:
         samples = int(np.bitwise_xor.reduce(self.source.ids)) if len(self.source) else 0
         counts = {"seed": self._dataset.seed, "batch_size": self._batch_size, "samples": samples, "steps": self._steps}
-        return {**counts, "order": self._order, "replay": self._replay}
+        return {**counts, "boxes": self._boxes_mark, "order": self._order, "replay": self._replay}
+
+    @cached_property
+    def _boxes_mark(self) -> int:
+        """A checksum of how many boxes each sample has: other proposals would train something else."""
+        counts = self._box_counts()[np.argsort(self.source.ids)]
+        return zlib.crc32(counts.astype(np.int64).data)
+
+    def _box_counts(self) -> npt.NDArray[np.int64]:
+        objects = self.source.objects
+        if self._proposals is not None:
+            counts = getattr(self._proposals, "counts", None)  # a store of one's own need not have it
+            return np.zeros(len(self.source), np.int64) if counts is None else counts(self.source.ids)
+        return np.zeros(len(self.source), np.int64) if objects is None else np.diff(objects.offsets)
 
     def _rows_of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         return epoch_order(self.source.ids, seed=self._dataset.seed, epoch=epoch, order=self._order)

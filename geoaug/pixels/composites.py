@@ -15,19 +15,31 @@ from ..geometry.rng import Key, below
 from . import rectangles
 from .backgrounds import block_derangement
 from .box_laws import JITTER_LAWS, JitterLaw, free_boxes, grid_boxes, jitter_boxes
-from .cutout import Cutouts, cut_pixels, cutout_masks, draw_cutouts, in_order, largest_first, square_cutout_masks
+from .cutout import (
+    Cutouts,
+    cut_pixels,
+    cutout_masks,
+    draw_cutouts,
+    draw_square_cutouts,
+    in_order,
+    largest_first,
+    square_cutout_masks,
+)
 from .paste import paste, shift_boxes
-from .window import window_masks
+from .window import Windows, draw_windows, window_masks
 
 __all__ = [
     "JITTER_LAWS",
     "Composite",
     "Cutouts",
     "JitterLaw",
+    "Windows",
     "block_derangement",
     "boxes_with_room",
     "cutout_masks",
     "draw_cutouts",
+    "draw_square_cutouts",
+    "draw_windows",
     "free_boxes",
     "grid_boxes",
     "jitter_boxes",

@@ -250,6 +250,19 @@ def square_cutout_masks(
     >>> square_cutout_masks(boxes, valid, (224, 160), key=Key(0, 0, [7])).shape
     torch.Size([1, 224, 160])
     """
+    return draw_square_cutouts(boxes, valid, size, key=key, p=p, ratio=ratio).keep()
+
+
+def draw_square_cutouts(
+    boxes: Float[Tensor, "B K 4"],
+    valid: Bool[Tensor, "B K"],
+    size: Sequence[int] | int,
+    *,
+    key: Key,
+    p: float = 0.5,
+    ratio: tuple[float, float] = (0.1, 0.3),
+) -> Cutouts:
+    """The plan behind `square_cutout_masks`: every box's ratio, 0 where none is drawn, and its square."""
     where = "square_cutout_masks"
     rectangles.check(boxes, valid, key, where)
     view = checks.pair_of_sizes(size, where, "size")
@@ -259,9 +272,10 @@ def square_cutout_masks(
     u = rectangles.uniform(key, "square", 4 * slots, boxes.device).view(batch, slots, 4)
     frame = rectangles.frame(view, boxes.device)
     pixels = rectangles.pixels_of(boxes, valid, frame)
-    area = rectangles.between(low, high, u[..., 1]) * rectangles.count(pixels)
+    shares = torch.where(u[..., 0] < p, rectangles.between(low, high, u[..., 1]), 0.0)
     middle = pixels[..., :2] + u[..., 2:] * (pixels[..., 2:] - pixels[..., :2])
-    half = 0.5 * torch.where(u[..., 0] < p, area, 0).sqrt()[..., None]
+    half = 0.5 * (shares * rectangles.count(pixels)).sqrt()[..., None]
     squares = rectangles.whole(torch.cat((middle - half, middle + half), dim=-1), frame)
-    none = torch.zeros_like(squares)
-    return rectangles.drawn(torch.stack((none, squares), dim=2).flatten(1, 2), view)
+    events = torch.stack((torch.zeros_like(squares), squares), dim=2).flatten(1, 2)
+    order = torch.arange(slots, device=boxes.device).expand(batch, slots)
+    return Cutouts(pixels, shares, order, events, view)

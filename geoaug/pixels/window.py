@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from ..geometry import checks
 from ..geometry.rng import Key
 from . import rectangles
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """What stays of each view: `window` [B, 4] and the pixels `boxes` [B, K, 4] of the valid boxes, whole pixels."""
+
+    boxes: Int64[Tensor, "B K 4"]
+    window: Int64[Tensor, "B 4"]
+    size: tuple[int, int]
+
+    def keep(self) -> Bool[Tensor, "B _h _w"]:
+        """Which pixels of the view are kept: those of the window and of all boxes."""
+        both = torch.cat((self.boxes, self.window[:, None]), dim=1)
+        return rectangles.drawn(both[:, :0], self.size, within=both)
+
+    def masked(self) -> Float32[Tensor, " B"]:
+        """The share of each view that is masked."""
+        both = torch.cat((self.boxes, self.window[:, None]), dim=1)
+        view = rectangles.frame(self.size, both.device).to(torch.int64)
+        view[:2] = 0
+        kept = rectangles.count_uncut(both[:, :0], view.expand(len(both), 1, 4), within=both)[:, 0]
+        return 1 - kept.to(torch.float32) / (self.size[0] * self.size[1])
 
 
 def window_masks(
@@ -37,6 +60,20 @@ def window_masks(
     >>> keep.shape, bool(keep[0, :112, :112].all())
     (torch.Size([1, 224, 224]), True)
     """
+    return draw_windows(boxes, valid, size, key=key, share=share, ratio=ratio, mode=mode).keep()
+
+
+def draw_windows(
+    boxes: Float[Tensor, "B K 4"],
+    valid: Bool[Tensor, "B K"],
+    size: Sequence[int] | int,
+    *,
+    key: Key,
+    share: tuple[float, float] = (0.2, 0.6),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    mode: Literal["masked", "visible"] = "masked",
+) -> Windows:
+    """The plan behind `window_masks`: every view's window, and the share that is masked."""
     where = "window_masks"
     rectangles.check(boxes, valid, key, where)
     height, width = checks.pair_of_sizes(size, where, "size")
@@ -53,5 +90,4 @@ def window_masks(
     corner = u[:, 2:] * (view[:2] - sides)
     window = rectangles.whole(torch.cat((corner, corner + sides), dim=-1), view)
     pixels = rectangles.pixels_of(boxes, valid, view)
-    both = torch.cat((pixels, window[:, None]), dim=1)
-    return rectangles.drawn(both[:, :0], (height, width), within=both)
+    return Windows(pixels, window, (height, width))

@@ -94,6 +94,11 @@ class ProposalStore:
         found = self.ids[at] == ids if len(self.ids) else np.zeros(len(ids), dtype=bool)
         return np.where(found, at, -1)
 
+    def counts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many boxes each id has, 0 for one that the store does not know."""
+        rows = self.rows(ids)
+        return np.where(rows < 0, 0, np.append(np.diff(self.offsets), 0)[rows])
+
     def check_covers(self, ids: npt.NDArray[np.int64], names: Sequence[str]) -> None:
         """Refuse images of which under 99 % have an entry: store and images belong to different roots, most likely."""
         missing = np.flatnonzero(self.rows(ids) < 0)
