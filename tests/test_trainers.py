@@ -170,12 +170,22 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(whole, scen
     same_runs(tmp_path / "run", run)
 
 
-def near(run, other, tolerance=1e-5):
+def near(run, other, tolerance=1e-5, gradients_of=None, gradients=1e-5):
+    """Losses, weights and gradients of two runs, up to rounding.
+
+    Gradients are those of the step `gradients_of`, by default the last one; after a few steps a unit in the last place
+    is enough to send one past a kink of ReLU or another maximum of the pool, in one process too.
+    """
     losses = [[line["loss"] for line in training.logged(r)] for r in (run, other)]
     assert len(losses[0]) > 1
     assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=tolerance)
     assert farthest(training.newest(run), training.newest(other)) < tolerance
-    assert farthest_gradients(training.newest(run), training.newest(other)) < tolerance
+    if gradients_of is None:
+        first, second = training.newest(run), training.newest(other)
+    else:
+        name = f"checkpoints/step-{gradients_of:08}.pt"
+        first, second = (torch.load(r / name, weights_only=True) for r in (run, other))
+    assert farthest_gradients(first, second) < gradients
 
 
 def farthest_gradients(a, b):
@@ -224,11 +234,14 @@ def test_two_processes_of_torchrun_are_one(broken, tmp_path):
     ],
 )
 def test_two_processes_are_one(method, more, broken, tmp_path):
-    more = (*big(method), "--max-steps", "2", *more)
+    more = (*big(method), "--max-steps", "2", "--save-every", "1", *more)
     for world in (1, 2):
         command = training.command(method, broken, tmp_path / str(world), *more)
         assert training.train(method, command, tmp_path / "log", world=world) == [0] * world
-    near(tmp_path / "1", tmp_path / "2")
+    # D3SSL's first loss is 0: its queue is empty. The gradients of the pyramid's maps of 2 x 2 cells move by 2e-3 when
+    # the weights move by a unit in the last place, on one process; a wrong weight of a process would be far more.
+    gradients = 5e-3 if "fpn" in more else 1e-5
+    near(tmp_path / "1", tmp_path / "2", gradients_of=2 if method == "d3ssl" else 1, gradients=gradients)
 
 
 @pytest.mark.usefixtures("_fresh_accelerate")
