@@ -95,7 +95,7 @@ def labelled(scenes, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.usefixtures("_fresh_accelerate")
-@pytest.mark.parametrize("method", ["byol", "scrl"])
+@pytest.mark.parametrize("method", ["byol", "scrl", "lc_loss"])
 def test_a_monitor_changes_no_bit_of_what_is_trained(method, labelled, tmp_path):
     for monitor in ("on", "off"):
         lines = test_trainers.here(

@@ -324,12 +324,29 @@ SWITCHES = {
     ],
     "densesiam": [
         "--similarity cosine --order between --points corners --region-start 0",
-        "--target p --order before --points random --masks raw --region-unit off --region-start 0 --accumulate 2",
+        "--target p --order before --points random --masks raw --region-unit off --temperature 1 --region-start 0 "
+        "--accumulate 2",
         "--points mild --region-mass on --region-stop target --region-start 0 --precision bf16",
         "--points heavy --region-stop masks --region-start 0 --norm batch --render device --predictor-lr cosine",
         "--region-weight 0 --dense-weight 0 --no-channels-last",
     ],
 }
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_heads_of_regionsim_stay_as_they_are_until_it_starts(scenes, tmp_path):
+    found = {}
+    for start in ("1", "0"):
+        for lr in ("0.1", "0.4"):
+            output = tmp_path / f"{start}-{lr}"
+            more = ("--max-steps", "2", "--warmup-epochs", "0", "--region-start", start, "--lr", lr)
+            here("densesiam", scenes, output, *big("densesiam"), *more)
+            found[start, lr] = training.newest(output)["model"]
+    weights = [name for name in found["1", "0.1"] if name.startswith("region_") and name.endswith("weight")]
+    assert weights
+    assert all(torch.equal(found["1", "0.1"][name], found["1", "0.4"][name]) for name in weights)
+    assert not any(torch.equal(found["0", "0.1"][name], found["0", "0.4"][name]) for name in weights)
+    assert not torch.equal(*(found["1", lr]["trunk.conv1.weight"] for lr in ("0.1", "0.4")))
 
 
 @pytest.mark.usefixtures("_fresh_accelerate")

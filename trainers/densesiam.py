@@ -1,7 +1,7 @@
 """DenseSiam: Dense Siamese Network for Dense Unsupervised Learning (Zhang et al., ECCV 2022).
 
     accelerate launch trainers/densesiam.py --data coco.beton --output runs/densesiam         # 800 epochs on COCO
-    python trainers/densesiam.py --data runs/demo/scenes.beton --preset demo --output runs/d  # two minutes on two cores
+    python trainers/densesiam.py --data runs/demo/scenes.beton --preset demo --output runs/d  # minutes on two cores
     accelerate launch trainers/densesiam.py --task segmentation ...        # its flags: see densesiam_segmentation.py
 
 To expect: VOC07+12 55.5 AP after 800 epochs of COCO, COCO box 40.8 AP after 200 of ImageNet (the paper's Tables 4 and

@@ -1,7 +1,7 @@
 """MoCo v2: Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020); D3SSL's and PLRC's baseline.
 
     accelerate launch trainers/moco_v2.py --data coco.beton --preset coco-800ep --output runs/moco_v2
-    python trainers/moco_v2.py --data runs/demo/scenes.beton --preset demo --output runs/m  # a minute on two cores
+    python trainers/moco_v2.py --data runs/demo/scenes.beton --preset demo --output runs/m  # minutes on two cores
 
 To expect: VOC07+12 54.7 AP, COCO box 38.5 AP after 800 epochs of COCO (D3SSL's Table 1; we have not run them). The loss
 first rises while the queue fills. Ours: `--norm sync` by default, since shuffled batch norm needs several processes;

@@ -2,7 +2,7 @@
 
     accelerate launch trainers/plrc.py --data imagenet/train --preset imagenet-200ep           # the paper's main run
     accelerate launch trainers/plrc.py --data coco.beton --preset coco-800ep --output runs/plrc-coco
-    python trainers/plrc.py --data runs/demo/scenes --preset demo --output runs/p              # a minute on two cores
+    python trainers/plrc.py --data runs/demo/scenes --preset demo --output runs/p              # minutes on two cores
 
 To expect: VOC07+12 59.4 AP, COCO box 40.7 AP after 200 epochs of ImageNet; 57.1 and 39.8 AP after 800 epochs of COCO
 (Tables 1 and 2; we have not run them). The image loss first rises while the queue fills.

@@ -1,7 +1,7 @@
 """SimSiam: Exploring Simple Siamese Representation Learning (Chen and He, CVPR 2021); DenseSiam's base and baseline.
 
     accelerate launch trainers/simsiam.py --data coco.beton --output runs/simsiam           # 800 epochs on COCO
-    python trainers/simsiam.py --data runs/demo/scenes.beton --preset demo --output runs/s  # a minute on two cores
+    python trainers/simsiam.py --data runs/demo/scenes.beton --preset demo --output runs/s  # minutes on two cores
 
 To expect: VOC07+12 53.5 AP after 800 epochs of COCO, COCO box 40.4 AP after 200 of ImageNet (DenseSiam's Tables 4 and
 2; we have not run them). The loss goes from 0 to -1; one that is at -1 with a `spread` near 0 has collapsed, of which
