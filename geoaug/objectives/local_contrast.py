@@ -50,8 +50,8 @@ def local_contrastive(
 
     `points`, in unit coordinates of the online view, say where the cells lie there, as `correspond` gives them with the
     valid ones. Between cell centres the map of negative log-likelihoods is read bilinearly, which is cross-entropy with
-    four soft labels: no map is ever warped, and the largest tensor is [B, h*w, h*w]. target_map is detached. The least
-    value is the labels' entropy, 0 to log 4.
+    four soft labels: no map is ever warped, and beside the maps (and, of half precision, their float32 copies) the
+    largest tensor is [B, h*w, h*w]. target_map is detached. The least value is the labels' entropy, 0 to log 4.
 
     >>> target, online = torch.rand(2, 256, 7, 7), torch.rand(2, 256, 7, 7)
     >>> points, valid = correspond(AxisAffine.identity(2), AxisAffine.identity(2), (7, 7))
