@@ -108,7 +108,16 @@ def farthest(a, b):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-WHOLE = [("moco_v2", 1), ("d3ssl", 2), ("scrl", 2), ("lc_loss", 1), ("plrc", 2), ("simsiam", 1), ("densesiam", 2)]
+WHOLE = [
+    ("moco_v2", 1),
+    ("d3ssl", 1),
+    ("d3ssl", 2),
+    ("scrl", 2),
+    ("lc_loss", 1),
+    ("plrc", 2),
+    ("simsiam", 1),
+    ("densesiam", 2),
+]
 
 
 @pytest.fixture(scope="module", params=WHOLE, ids=[f"{method}, {world} processes" for method, world in WHOLE])
