@@ -75,6 +75,14 @@ class Plan:
         crop, flipped, source_size, ids = tables
         return replace(self, crop=crop, flipped=flipped, source_size=source_size, ids=ids)
 
+    def _slice(self, rows: slice) -> Plan:
+        """Some rows of what was checked when it was made, and needs no second look."""
+        plan, tables = object.__new__(Plan), (table[rows].contiguous() for table in self._tables)
+        names = ("crop", "flipped", "source_size", "ids", "view_sizes", "seed", "epoch")
+        for name, value in zip(names, (*tables, self.view_sizes, self.seed, self.epoch), strict=True):
+            object.__setattr__(plan, name, value)
+        return plan
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -86,6 +94,8 @@ class Plan:
         row = checks.row_of(rows, len(self), "Plan")
         if row is not None:
             rows = slice(row, row + 1)
+        if isinstance(rows, slice):
+            return self._slice(rows)
         return self._with(*(table[rows].contiguous() for table in self._tables))
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Plan:

@@ -32,7 +32,7 @@ class Plans:
         self._loader, self._epoch, self._rows = loader, epoch, rows
         short = any(spec.kind == "short_side" for spec in loader.tasks.specs)  # its size is that of its batch
         self._at_once, self._lock = 1 if short else _AT_ONCE, threading.Lock()
-        self._drawn: dict[int, Plan] = {}
+        self._drawn: dict[int, tuple[Plan, int]] = {}  # with the rows of each batch
 
     def of(self, step: int) -> Plan:
         """The plan of a batch; steps are asked for about in order, by any thread."""
@@ -41,11 +41,10 @@ class Plans:
             if block not in self._drawn:
                 steps = range(block * self._at_once, min((block + 1) * self._at_once, len(self._loader)))
                 rows = np.concatenate([self._rows(s) for s in steps])
-                self._drawn = {b: plan for b, plan in self._drawn.items() if b == block - 1}
-                self._drawn[block] = plan_rows(self._loader, self._epoch, rows)
-            plan = self._drawn[block]
-        share = len(self._rows(step))
-        return plan if self._at_once == 1 else plan[place * share : (place + 1) * share]
+                self._drawn = {b: drawn for b, drawn in self._drawn.items() if b == block - 1}
+                self._drawn[block] = plan_rows(self._loader, self._epoch, rows), len(rows) // len(steps)
+            plan, share = self._drawn[block]
+        return plan[place * share : (place + 1) * share]
 
 
 def plan_rows(loader: Any, epoch: int, rows: npt.NDArray[np.int64]) -> Plan:
