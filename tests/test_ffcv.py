@@ -576,6 +576,21 @@ def test_damaged_boxes_are_reported(coco, tmp_path):
 # --- threads --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_plans_drawn_for_several_batches_at_once_are_those_of_each(beton, folder, monkeypatch, rank):
+    monkeypatch.setattr(beton_job, "_AT_ONCE", 3)  # six batches: two blocks of plans, the last batch padded
+    options = {"batch_size": 4, "workers": 2, "last": "keep", "rank": rank, "world": 2}
+    there, _ = epochs(open_loader, beton, 2, **options)
+    here, _ = epochs(open_loader, folder, 2, **options)
+    assert len(there) == len(here) == 12
+    assert all(same(a, b) for a, b in zip(there, here, strict=True))
+    assert not torch.equal(there[0].plan.crop, there[6].plan.crop)
+    for step in (2, 4):  # in the middle of a block
+        with open_loader(beton, SPECS, seed=3, **options) as loader:
+            loader.load_state_dict({**loader.state_dict(), "epoch": 1, "step": step})
+            assert all(same(a, b) for a, b in zip(loader, here[6 + step :], strict=True))
+
+
 class BoomError(Exception):
     pass
 

@@ -131,7 +131,11 @@ class Key:
     def __getitem__(self, rows: SupportsIndex | slice | Sequence[int] | Tensor) -> Key:
         """The key of some rows; one row keeps its axis, [1]."""
         row = checks.row_of(rows, len(self), "Key")
-        return self._with(self.epoch, self.ids[rows if row is None else slice(row, row + 1)].contiguous(), self.path)
+        if row is not None:
+            rows = slice(row, row + 1)
+        if isinstance(rows, slice):
+            return self._with(self.epoch, self.ids[rows].contiguous(), self.path)
+        return replace(self, ids=self.ids[rows])
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -81,8 +81,9 @@ def pad_boxes(
     padded = np.zeros((batch, slots, 4), dtype=np.float32)
     valid = np.zeros((batch, slots), dtype=np.bool_)
     classes = np.full((batch, slots), -1, dtype=np.int64)
-    for i in [row for row, candidates in enumerate(boxes) if len(candidates)]:
-        candidates, names = boxes[i], labels[i]
+    for i, (candidates, names) in enumerate(zip(boxes, labels, strict=True)):
+        if len(candidates) == 0:
+            continue
         rows = np.arange(len(candidates))
         if len(rows) > slots:
             draws = key[i].uniform("candidates", len(rows))[0].numpy()

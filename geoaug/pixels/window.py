@@ -24,17 +24,20 @@ class Windows:
     window: Int64[Tensor, "B 4"]
     size: tuple[int, int]
 
+    @property
+    def _kept(self) -> Int64[Tensor, "B _K 4"]:
+        return torch.cat((self.boxes, self.window[:, None]), dim=1)
+
     def keep(self) -> Bool[Tensor, "B _h _w"]:
         """Which pixels of the view are kept: those of the window and of all boxes."""
-        both = torch.cat((self.boxes, self.window[:, None]), dim=1)
-        return rectangles.drawn(both[:, :0], self.size, within=both)
+        return rectangles.drawn(self.boxes[:, :0], self.size, within=self._kept)
 
     def masked(self) -> Float32[Tensor, " B"]:
         """The share of each view that is masked."""
-        both = torch.cat((self.boxes, self.window[:, None]), dim=1)
-        view = rectangles.frame(self.size, both.device).to(torch.int64)
+        view = rectangles.frame(self.size, self.window.device).to(torch.int64)
         view[:2] = 0
-        kept = rectangles.count_uncut(both[:, :0], view.expand(len(both), 1, 4), within=both)[:, 0]
+        whole = view.expand(len(self.window), 1, 4)
+        kept = rectangles.count_uncut(self.boxes[:, :0], whole, within=self._kept)[:, 0]
         return 1 - kept.to(torch.float32) / (self.size[0] * self.size[1])
 
 
