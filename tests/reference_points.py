@@ -57,8 +57,14 @@ def distillation(p, keys, teacher, teacher_keys, valid, temperature, teacher_tem
 
 
 def painted(n, height, width):
-    """A picture whose pixels hold the id of the cell of an n x n grid they lie in, painted pixel by pixel."""
-    return [[(y * n // height) * n + x * n // width for x in range(width)] for y in range(height)]
+    """A picture whose pixels hold the id of the cell of an n x n grid they lie in, None where they lie in several."""
+
+    def cell(pixel, pixels):
+        first, last = pixel * n // pixels, ((pixel + 1) * n - 1) // pixels
+        return first if first == last else None
+
+    rows, columns = [cell(y, height) for y in range(height)], [cell(x, width) for x in range(width)]
+    return [[None if y is None or x is None else y * n + x for x in columns] for y in rows]
 
 
 def cropped(picture, crop, flipped):

@@ -124,6 +124,36 @@ def test_features_that_know_the_objects_are_ideal(scenes):
     assert torch.cat(found).median() > 0.8  # a centre near an edge reads two objects
 
 
+def test_what_a_crowd_covers_counts_for_nothing(scenes, tmp_path):
+    """A crowd over the left half: its cells are neither object nor background, but those of objects in front of it."""
+    record = json.loads(scenes.read_text())
+    for image in record["images"]:
+        h, w = image["height"], image["width"]
+        left = [h * (w // 2), h * w - h * (w // 2)]  # columns first: the left half is in the second run
+        crowd = {"size": [h, w], "counts": [0, *left]}
+        entry = {"image_id": image["id"], "category_id": 1, "bbox": [0, 0, w // 2, h], "segmentation": crowd}
+        record["annotations"].append({"id": 1000 + image["id"], "iscrowd": 1, "area": left[0], **entry})
+    (tmp_path / "crowds.json").write_text(json.dumps(record))
+    images = scenes.parent / "images"
+    plain = evaluate.main(config_of(scenes))
+    crowds = evaluate.main(config_of(tmp_path / "crowds.json", images=images))
+    assert crowds["objects"] == plain["objects"]  # a crowd is none
+    assert crowds["jaccard"] > plain["jaccard"] * 1.05  # background that was kept wrongly is no longer looked at
+    found = measure_affinity.crowds_of(tmp_path / "crowds.json")
+    assert sorted(map(len, found.values())) == [1] * 6
+    for batch in measure_affinity.images_of(
+        config_of(scenes), scenes, None, measure_affinity.geoaug.ViewSpec.whole(96), label_map="instance",
+        label_map_size=(24, 24),
+    ):  # fmt: skip
+        void = measure_affinity.void_of(batch, found[batch.names[0]])
+        assert not void[:, :, 13:].any()
+        assert torch.equal(void[:, :, :11], batch.label_map[:, :, :11] < 0)
+    record["annotations"][-1]["segmentation"] = {"size": [1, 1], "counts": [1]}
+    (tmp_path / "bad.json").write_text(json.dumps(record))
+    with pytest.raises(common.UsageError, match=r"got a crowd in .*: mask is of \["):
+        evaluate.main(config_of(tmp_path / "bad.json", images=images))
+
+
 def test_data_without_masks_is_told(scenes, tmp_path):
     with pytest.raises(common.UsageError, match="--data must be a COCO json with masks"):
         evaluate.main(config_of(scenes.parent / "images"))

@@ -1,9 +1,15 @@
+import importlib
 import json
+import sys
 
 import pytest
+import tyro
 
-from benchmarks import experiments
+from benchmarks import claims, experiments
 from benchmarks.experiments import Claim, Lab, side
+from trainers import common, evaluation
+
+SCORES = {"miou": 0.1, "jaccard": 0.2, "accuracy": 0.3, "k": {"20": {"top1": 0.4}}}
 
 
 @pytest.mark.parametrize(
@@ -50,3 +56,42 @@ def test_what_was_trained_and_measured_is_not_done_again(tmp_path, monkeypatch):
     assert flags[flags.index("--epochs") + 1] == "1"
     assert "--cpu" in flags
     assert lab.train("byol", 0, "--lr", "2") != lab.train("byol", 0, "--lr", "1")
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+@pytest.mark.parametrize("paper", claims.NAMES)
+def test_every_command_of_a_papers_claims_is_one(paper, size, tmp_path, monkeypatch):
+    """Runs are read as their trainer reads them, measures as evaluate.py does; the scores are made up."""
+    trained, measured = [], []
+
+    def run(lab, script, arguments, log):
+        words = list(map(str, arguments))
+        if script.startswith("data_prep"):
+            arguments[1].mkdir(parents=True)
+            (arguments[1] / "instances.json").write_text("{}")
+        elif script == "trainers/evaluate.py":
+            measured.append(tyro.cli(evaluation.Config, args=words))
+            measured[-1].out.parent.mkdir(parents=True, exist_ok=True)
+            measured[-1].out.write_text(json.dumps(SCORES))
+        else:
+            name = script.removeprefix("trainers/").removesuffix(".py")
+            name += "_segmentation" if common.flag("task", words) == "segmentation" else ""
+            trainer = importlib.import_module(f"trainers.{name}")
+            trained.append(common.parse(trainer.Config, trainer.PRESETS, words))
+            trained[-1].output.mkdir(parents=True)
+
+    monkeypatch.setattr(Lab, "_run", run)
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--papers", paper, "--size", size, "--work", str(tmp_path / "work"),
+                                      "--out", str(tmp_path), "--seeds", "2"])  # fmt: skip
+    claims.main()
+    name = f"claims_{paper}" + ("_gpu" if size == "gpu" else "")
+    found = json.loads((tmp_path / f"{name}.json").read_text())["claims"]
+    assert len(found) >= 3
+    assert all(len(values) == 2 for claim in found for values in claim["values"].values())
+    assert {claim["holds"] for claim in found} == {"unclear"}
+    assert len({config.output for config in trained}) == len(trained) >= 6
+    assert {config.seed for config in trained} == {0, 1}
+    # Whatever was trained is measured, with the architecture it has.
+    arches = {str(config.output): config.arch for config in trained}
+    assert {config.weights for config in measured if config.weights != "random"} == arches.keys()
+    assert all(config.arch == arches.get(config.weights, config.arch) for config in measured)

@@ -1,9 +1,7 @@
 import json
 import math
 import os
-import random
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from tests import reference_densesiam as reference
 from tests import reference_segmentation as slow
 from tests import training
 from tests.test_no_synchronisation import Copies
-from tests.test_trainers import same
 from trainers import common
 from trainers import densesiam_segmentation as segmentation
 
@@ -440,32 +437,6 @@ def test_what_is_no_segmentation_run_has_no_segmenter(tmp_path):
     assert common.read_segmenter(tmp_path / "x.pth") is None
     (tmp_path / "y.pth").write_bytes(b"nothing")
     assert common.read_segmenter(tmp_path / "y.pth") is None
-
-
-def test_kill_9_changes_no_bit(scenes, tmp_path):
-    """RegionSim sets in between, and an epoch ends."""
-    world = 2
-    more = ["--epochs", "3", "--max-steps", "7", "--save-every", "2"]
-    assert (
-        training.train(
-            METHOD, training.command(METHOD, scenes, tmp_path / "whole", *more), tmp_path / "log", world=world
-        )
-        == [0] * world
-    )
-    command = training.command(METHOD, scenes, tmp_path / "run", *more)
-    chance = random.Random(world)
-    ranks = training.start(METHOD, command, tmp_path / "log", world=world)
-    training.wait_for_step(tmp_path / "run", chance.choice((3, 4, 5)), ranks)
-    time.sleep(chance.random() * 0.1)
-    ranks[-1].kill()
-    assert training.finish(ranks)[-1] == -9
-    assert training.train(METHOD, command, tmp_path / "log", world=world) == [0] * world
-    ours, theirs = training.newest(tmp_path / "run"), training.newest(tmp_path / "whole")
-    for name in ("step", "loader", "model", "optimizer"):
-        assert same(ours[name], theirs[name]), name
-    assert [line["loss"] for line in training.logged(tmp_path / "run")] == [
-        line["loss"] for line in training.logged(tmp_path / "whole")
-    ]
 
 
 def test_two_processes_are_one(broken, tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -69,7 +70,7 @@ def batch_of(plan, ok=None):
 
 
 def views(n=60, scale=(0.2, 1.0)):
-    sizes = torch.tensor([[48, 80], [200, 400], [96, 96]])[torch.arange(n) % 3]
+    sizes = torch.tensor([[48, 80], [200, 400], [97, 131]])[torch.arange(n) % 3]  # a grid's lines may cut pixels
     return plan_views([ViewSpec(64, scale), ViewSpec(64, scale)], sizes.numpy(), range(n), seed=0, epoch=0)
 
 
@@ -93,9 +94,13 @@ def test_regions_are_those_of_a_grid_painted_and_cropped_pixel_by_pixel(n):
             labels = regions.label_map(plan.view_from_source[i : i + 1, view], n, CELLS).flatten().tolist()
             claims = [*zip(points[i].tolist(), ids[i].tolist(), strict=True), *zip(centres, labels, strict=True)]
             assert len(claims) == 80 + CELLS[0] * CELLS[1]
+            cut = 0
             for (x, y), region in claims:
                 if min(abs(x * w - round(x * w)), abs(y * h - round(y * h))) > 1e-4:  # not on an edge of two pixels
-                    assert pixels[int(y * h)][int(x * w)] == region
+                    painted = pixels[int(y * h)][int(x * w)]
+                    cut += painted is None
+                    assert painted in (None, region)
+            assert cut < len(claims) / 4
 
 
 def test_published_vector_eight_painted():
@@ -347,6 +352,36 @@ def test_distillation_starts_after_its_warm_up_and_a_run_goes_on_bit_by_bit(scen
     states = [training.newest(tmp_path / name)["model"] for name in ("whole", "parts")]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_boxes_of_a_store_are_the_regions(scenes, tmp_path, monkeypatch):
+    """Two boxes an image, the left and the right half, which no json knows of."""
+    record = json.loads(scenes.read_text())
+    halves = {}
+    for image in record["images"]:
+        h, w = image["height"], image["width"]
+        boxes = np.array([[0, 0, w // 2, h], [w // 2, 0, w, h]], dtype=np.uint16)
+        halves[image["file_name"]] = ((h, w), boxes)
+    geoaug.ProposalStore.write(tmp_path / "store", [(name, *each) for name, each in halves.items()])
+    seen, find = [], plrc.find_points
+
+    def watched(batch, config):
+        seen.append((batch, find(batch, config)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(plrc, "find_points", watched)
+    more = ("--regions", "boxes", "--proposals", str(tmp_path / "store"), "--max-steps", "2")
+    lines = main(scenes.parent / "images", tmp_path / "run", *more)
+    assert all(math.isfinite(line["loss"]) and line["contrast"] > 0 for line in lines)
+    assert len(seen) == 2
+    for batch, points in seen:
+        assert batch.box_valid.sum(1).tolist() == [2] * 8
+        source = (~batch.plan.view_from_source[:, 0])(points.v)
+        for i, name in enumerate(batch.names):
+            (_, width), boxes = halves[Path(name).name]
+            side = (batch.boxes[i, points.ids[i], 0] > 0).tolist()  # a point of the right half?
+            assert (points.ids[i] >= 0).all()
+            assert [x >= boxes[0, 2] / width - 1e-5 for x in source[i, :, 0].tolist()] == side
 
 
 def test_the_default_warm_up_is_thirty_epochs_or_a_part_of_a_short_run():

@@ -10,7 +10,7 @@ from torchvision.ops import roi_align
 
 import geoaug
 from geoaug import AxisAffine, Key
-from tests import reference_scrl, test_trainers
+from tests import reference_scrl, test_trainers, training
 from tests.test_no_synchronisation import Copies
 from trainers import common, scrl
 
@@ -246,6 +246,24 @@ def test_a_batch_without_a_box_gives_zero_and_the_same_used_parameters(batches):
     assert loss.item() == 0
     assert used[0] == used[1] == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_processes_without_a_box_take_the_same_steps(scenes, tmp_path):  # noqa: F811
+    """Step 1: one of two has no box. Step 3: neither has any, so the loss is zero; and no process waits for ever."""
+    data = scenes.parent / "instances.json"
+    more = ("--size", "64", "--min-side", "52", "--lr", "0.1", "--save-every", "1")
+    config = test_trainers.config_of("scrl", data, tmp_path, *more)
+    with geoaug.open_loader(data, scrl.recipe(config).views, batch_size=8, seed=config.seed, workers=0) as loader:
+        halves = [scrl.find_pairs(batch, config).valid.any(1).chunk(2) for batch in loader]
+    assert [[bool(x.any()) for x in step] for step in halves] == [[False, True], [True, True], [False, False]]
+    for steps in ("2", "3"):
+        for world in (1, 2):
+            command = training.command("scrl", data, tmp_path / str(world), *more, "--max-steps", steps)
+            assert training.train("scrl", command, tmp_path / "log", world=world) == [0] * world
+        if steps == "2":
+            test_trainers.near(tmp_path / "1", tmp_path / "2", gradients_of=1)
+    test_trainers.near(tmp_path / "1", tmp_path / "2", gradients=math.inf)
+    assert [line["loss"] > 0 for line in training.logged(tmp_path / "2")] == [True, True, False]
 
 
 def test_the_published_schedules():

@@ -1,11 +1,8 @@
 import json
 import math
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,77 +105,6 @@ def farthest(a, b):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-WHOLE = [
-    ("moco_v2", 1),
-    ("d3ssl", 1),
-    ("d3ssl", 2),
-    ("scrl", 2),
-    ("lc_loss", 1),
-    ("plrc", 2),
-    ("simsiam", 1),
-    ("densesiam", 2),
-]
-
-
-@pytest.fixture(scope="module", params=WHOLE, ids=[f"{method}, {world} processes" for method, world in WHOLE])
-def whole(request, scenes, tmp_path_factory):
-    """A run that nobody stops."""
-    method, world = request.param
-    folder = tmp_path_factory.mktemp("whole")
-    more = ["--epochs", "8", "--max-steps", "9", "--save-every", "2"]
-    more += {"d3ssl": ["--min-side", "4"], "lc_loss": list(DINO), "densesiam": ["--size", "64"]}.get(method, [])
-    command = training.command(method, scenes, folder / "run", *more)
-    assert training.train(method, command, folder / "log", world=world) == [0] * world
-    # Nothing is printed but what was written: no warning either.
-    assert [(folder / f"log.{rank}").read_text().splitlines() for rank in range(world)] == [
-        [f"wrote {folder}/run/checkpoints/step-00000009.pt: 9 steps of 24, 0 images not read"], *[[]] * (world - 1)
-    ]  # fmt: skip
-    return method, world, more, folder / "run"
-
-
-def same_runs(run, other):
-    ours, theirs = training.newest(run), training.newest(other)
-    for name in ("step", "loader", "model", "optimizer"):
-        assert same(ours[name], theirs[name]), name
-    logs = [
-        [(line["step"], line["loss"], line["lr"], line["spread"]) for line in training.logged(r)] for r in (run, other)
-    ]
-    assert [line[0] for line in logs[0]] == list(range(1, 10))
-    assert logs[0] == logs[1]
-
-
-def test_kill_9_at_random_steps_changes_no_bit(whole, scenes, tmp_path):
-    method, world, more, run = whole
-    chance = random.Random(world)
-    command = training.command(method, scenes, tmp_path / "run", *more)
-    for step in sorted(chance.sample(range(1, 9), 3)):
-        ranks = training.start(method, command, tmp_path / "log", world=world)
-        training.wait_for_step(tmp_path / "run", step, ranks)
-        time.sleep(chance.random() * 0.1)
-        ranks[-1].kill()  # of two, the other must find out and end by itself
-        codes = training.finish(ranks)
-        assert codes[-1] == -9
-        assert all(codes)
-    assert training.train(method, command, tmp_path / "log", world=world) == [0] * world
-    same_runs(tmp_path / "run", run)
-    assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
-
-
-def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(whole, scenes, tmp_path):
-    """A batch system sends it to the processes of the loader too."""
-    method, world, more, run = whole
-    command = training.command(method, scenes, tmp_path / "run", *more, "--workers", "1")
-    ranks = training.start(method, command, tmp_path / "log", world=world)
-    training.wait_for_step(tmp_path / "run", 3, ranks)
-    os.killpg(ranks[-1].pid, signal.SIGTERM)
-    assert training.finish(ranks) == [common.REQUEUE] * world
-    step = training.newest(tmp_path / "run")["step"]
-    assert (tmp_path / "run" / "requeue").read_text() == f"step {step}\n"
-    assert training.train(method, command, tmp_path / "log", world=world) == [0] * world
-    assert not (tmp_path / "run" / "requeue").exists()
-    same_runs(tmp_path / "run", run)
-
-
 def near(run, other, tolerance=1e-5, gradients_of=None, gradients=1e-5):
     """Losses, weights and gradients of two runs, up to rounding.
 
@@ -234,6 +160,7 @@ def test_two_processes_of_torchrun_are_one(broken, tmp_path):
         ("soco", ("--lr", "0.1", *FPN)),
         ("d3ssl", ()),
         ("byol", ("--lr", "0.1")),
+        ("scrl", ("--lr", "0.1")),
         ("scrl", ("--lr", "0.1", "--on-fail", "drop", "--mean", "images")),
         ("lc_loss", ("--lr", "0.1", "--symmetric-local", "on")),
         ("lc_loss", DINO),

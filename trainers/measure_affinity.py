@@ -7,11 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import geoaug
 from geoaug import metrics, viz
+from geoaug.loading.coco import read_record
+from geoaug.loading.label_maps import MaskError, label_map_of
 from trainers import common
 from trainers.evaluation import Config, backbone_of, images_of, known
 
@@ -26,6 +29,7 @@ def affinity(config: Config, backbone: metrics.Backbone) -> dict[str, Any]:
     """The mean Jaccard similarity over objects, with 80 % of an affinity map's mass kept and with 80 % of its cells."""
     if config.data.suffix != ".json":
         raise common.UsageError(f"--data must be a COCO json with masks, got {config.data}")
+    crowds = crowds_of(config.data)
     others = {name: backbone_of(dataclasses.replace(config, weights=name)) for name in config.beside}
     size = (config.map_size, config.map_size)
     scores: dict[str, list[Tensor]] = {"mass": [], "cells": []}
@@ -46,8 +50,10 @@ def affinity(config: Config, backbone: metrics.Backbone) -> dict[str, Any]:
         points = (batch.boxes[:, found, :2] + batch.boxes[:, found, 2:]) / 2  # [1, K, 2]
         masks = batch.label_map == found[:, None, None]  # [K, h, w]
         maps = maps_of(backbone, batch.images[0], points, config)
+        void = void_of(batch, crowds[batch.names[0]])
         for law, values in scores.items():
-            values.append(metrics.affinity_iou(maps, masks[None], keep=config.keep, law=law)[0])  # type: ignore[arg-type]
+            iou = metrics.affinity_iou(maps, masks[None], keep=config.keep, law=law, ignore=void)  # type: ignore[arg-type]
+            values.append(iou[0])
         if config.pictures is not None and len(rows) < config.shown:
             which = int(batch.key.at_epoch(0).integers("shown", 1, len(found)))
             more = [maps_of(other, batch.images[0], points, config)[0, which] for other in others.values()]
@@ -63,6 +69,31 @@ def affinity(config: Config, backbone: metrics.Backbone) -> dict[str, Any]:
     error = float(mass.std(correction=0)) / math.sqrt(len(mass))
     return {"jaccard": float(mass.mean()), "standard_error": error, "jaccard_of_cells": float(cells.mean()),
             "objects": len(mass), "images": images, "too_small": small}  # fmt: skip
+
+
+def crowds_of(file: Path) -> dict[str, list[bytes]]:
+    """The masks of each image's crowds in a COCO json, by its file name; what is wrong with it, the loader says."""
+    record = read_record(file, masks=True)
+    names = {entry["id"]: name for entry, name in zip(record.lists["images"], record.names(), strict=True)}
+    found: dict[str, list[bytes]] = {name: [] for name in names.values()}
+    for entry in record.lists["annotations"]:
+        if entry.get("iscrowd") and entry.get("image_id") in names:
+            found[names[entry["image_id"]]].append(entry.get("segmentation", b""))
+    return found
+
+
+def void_of(batch: geoaug.Batch, crowds: list[bytes]) -> Tensor:
+    """Cells [1, h, w] of a crowd and of no object: neither object nor background."""
+    assert batch.label_map is not None
+    height, width = batch.plan.source_size[0].tolist()
+    labels = np.zeros(len(crowds), dtype=np.int64)
+    try:
+        cells = label_map_of(crowds, labels, tuple(batch.label_map.shape[1:]), (height, width)) >= 0
+    except MaskError as error:
+        raise common.UsageError(
+            f"--data must have masks of its images, got a crowd in {batch.names[0]}: {error}"
+        ) from None
+    return torch.from_numpy(cells)[None] & (batch.label_map < 0)
 
 
 def seen(batch: geoaug.Batch) -> Tensor:
