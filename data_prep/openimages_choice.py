@@ -4,6 +4,7 @@ The order is that of 64 Philox bits of (seed, image id), then of the ids: the st
 "openimage_mini". They are made here once more, since `import geoaug` loads torch, which takes more than all else here.
 """
 
+import gc
 import hashlib
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from numba import njit
 from data_prep.openimages_boxes import Boxes
 from data_prep.openimages_classes import Shared
 from data_prep.openimages_parser import DEPICTION, GROUP, TOLD, Problems
+from data_prep.openimages_plain import compile_kernel
 
 _TAG = np.uint64(int.from_bytes(hashlib.blake2b(b"openimage_mini/order").digest()[:4], "little"))
 _M0, _M1, _W0, _W1 = (np.uint64(word) for word in (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))
@@ -76,13 +78,15 @@ def _mark_repeats(starts, ends, classes, corners, few, kept):
 
 
 @njit(cache=True, nogil=True)
-def _choose(order, starts, ends, allowed, category, counted, limits, most, running, fates, chosen):
+def _choose(order, starts, ends, allowed, category, counted, limits, most, running, fates, chosen, counts, touched):
     """How many images, in this order, are chosen <- each that has a shared object and keeps all limits, until most.
 
-    category int16 [rows] is that of the box, -1 where its class is none of the target's.
+    category int16 [rows] is that of the box, -1 where its class is none of the target's; counts and touched int64
+    [categories] are zeros to work with.
     """
-    counts, touched, number = np.zeros(limits.shape[0], dtype=np.int64), np.zeros(limits.shape[0], dtype=np.int64), 0
-    for i in order:
+    number = 0
+    for n in range(order.shape[0]):
+        i = order[n]
         if number == most:
             fates[4] += 1
             continue
@@ -97,28 +101,37 @@ def _choose(order, starts, ends, allowed, category, counted, limits, most, runni
                     touched[distinct] = c
                     distinct += 1
                 counts[c] += 1
-        fits = True
+        fate = 2 if distinct else 0
         for t in range(distinct):
-            fits &= running[touched[t]] + counts[touched[t]] <= limits[touched[t]]
-        fits &= distinct > 0
+            c = touched[t]
+            if running[c] + counts[c] > limits[c]:
+                fate = 1
         for t in range(distinct):
-            if fits:
-                running[touched[t]] += counts[touched[t]]
-            counts[touched[t]] = 0
-        fates[2 if fits else (1 if distinct else 0)] += 1
-        if fits:
+            c = touched[t]
+            if fate == 2:
+                running[c] += counts[c]
+            counts[c] = 0
+        fates[fate] += 1
+        if fate == 2:
             chosen[number] = i
             number += 1
     return number
 
 
 def compile_kernels() -> None:
-    """Compile what `choose` needs; a thread may do it while the file is read."""
+    """Compile what `read_boxes` and then what `choose` needs; a thread does it while the file is read."""
     none, rows = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
     corners = np.zeros((0, 4), dtype=np.float32)
-    seeded_order(none.view(np.uint64), 0)
-    _mark_repeats(none, none, none.astype(np.uint16), corners, _FEW, rows)
-    _choose(none, none, none, rows, none.astype(np.int16), rows, none, 0, none, none, none)
+    collects = gc.isenabled()
+    gc.disable()  # its rounds over numba's many objects are a tenth of the time
+    try:
+        compile_kernel()
+        seeded_order(none.view(np.uint64), 0)
+        _mark_repeats(none, none, none.astype(np.uint16), corners, _FEW, rows)
+        _choose(none, none, none, rows, none.astype(np.int16), rows, none, 0, none, none, none, none, none)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def seeded_order(ids: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.int64]:
@@ -168,6 +181,6 @@ def choose(boxes: Boxes, kept: npt.NDArray[np.bool_], shared: Shared, rules: Rul
     chosen = np.empty(min(most, len(boxes.ids)), dtype=np.int64)
     number = _choose(
         seeded_order(boxes.ids, seed), boxes.starts, boxes.ends, allowed, category, counted,
-        shared.target.objects, most, running, fates, chosen,
+        shared.target.objects, most, running, fates, chosen, np.zeros_like(running), np.zeros_like(running),
     )  # fmt: skip
     return Choice(chosen[:number], kept, counted, running, dict(zip(FATES, fates.tolist(), strict=True)))

@@ -1,7 +1,8 @@
-"""Lines of Open Images' CSV of boxes to arrays, by Arrow; what is wrong with one is told by its number.
+"""Lines of Open Images' CSV of boxes to arrays; what is wrong with one is told by its number.
 
 Arrow alone decides what can be read: a block that it refuses is halved until the lines it refuses stand alone, so that
-what becomes of a row never depends on its neighbours. The other checks are the same for every row.
+what becomes of a row never depends on its neighbours. The other checks are the same for every row. A block without any
+difficulty is read by a compiled loop instead, which gives the same (openimages_plain.py).
 """
 
 import csv
@@ -12,16 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data_prep import openimages_plain
 from data_prep.openimages_classes import Classes
+from data_prep.openimages_plain import NIBBLE, Array, Block, ids_of
 
 GROUP, DEPICTION = 1, 2  # bits of `flags`
 TOLD = 10  # problems that are told one by one
 _SIDES, _FLAGS = ("XMin", "XMax", "YMin", "YMax"), ("IsGroupOf", "IsDepiction")
 COLUMNS = ("ImageID", "LabelName", *_SIDES, *_FLAGS)  # what is read of the 13 (V4, V5) or 21 (V6, V7)
-_NIBBLE = np.full(256, 255, dtype=np.uint8)
-_NIBBLE[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 KINDS = ("", "bad image id", "unknown class", "box outside [0, 1]", "box reversed or without area", "bad flag")
-Array = npt.NDArray[Any]
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Parser:
         except ImportError:
             raise ImportError("reading Open Images' boxes needs pyarrow: pip install 'geoaug[prep]'") from None
         self._arrow, self._csv, self._titles = pyarrow, pyarrow.csv, titles
+        self._plain = openimages_plain.PlainLines(titles, classes.mids)
         self._class_of = {mid: i for i, mid in enumerate(classes.mids)}
         self._types: dict[str, Any] = {
             "ImageID": pyarrow.binary(16),
@@ -85,10 +86,14 @@ class Parser:
             column_types=self._types, include_columns=list(self._types), null_values=[], strings_can_be_null=False
         )
 
-    def __call__(self, block: bytes) -> Parsed:
+    def __call__(self, block: Block) -> Parsed:
         """The good rows of whole lines."""
         parsed = Parsed([], 0, Problems())
-        return parsed._replace(length=self._parse(block, 0, parsed))
+        rows = self._plain(block) if openimages_plain.compiled() else None
+        if rows is None:
+            return parsed._replace(length=self._parse(block.text(), 0, parsed))
+        parsed.pieces.append(Piece(*rows, np.arange(len(rows.classes), dtype=np.uint32)))
+        return parsed._replace(length=len(rows.classes))
 
     def _parse(self, block: bytes, line: int, parsed: Parsed) -> int:
         """Append what a part of a block holds, `line` lines of which come before it; how many lines it has."""
@@ -139,14 +144,13 @@ class Parser:
         x0, x1, y0, y1 = sides = [column[name].to_numpy() for name in _SIDES]
         group, depiction = marks = [column[name].to_numpy() for name in _FLAGS]
         starts = _runs(text.view(np.uint64))
-        nibbles = _NIBBLE[text[starts]]
+        nibbles = NIBBLE[text[starts]]
         classes = np.array([self._class_of.get(label, -1) for label in labels], dtype=np.int64)[codes]
-        ids = (nibbles[:, 0::2] << 4 | nibbles[:, 1::2]).view(">u8").ravel().astype(np.uint64)
         corners = np.stack((x0, y0, x1, y1), axis=1).astype(np.float32)
         flags = (group == 1).view(np.uint8) * np.uint8(GROUP) | (depiction == 1).view(np.uint8) * np.uint8(DEPICTION)
         lines = np.arange(line, line + len(table), dtype=np.uint32)
         faults = _faults(nibbles, starts, classes, sides, marks)
-        piece = Piece(ids, starts, classes.astype(np.uint16), corners, flags, lines)
+        piece = Piece(ids_of(nibbles), starts, classes.astype(np.uint16), corners, flags, lines)
         if faults is None:
             return piece
 
@@ -165,7 +169,7 @@ class Parser:
         good = faults == 0
         run = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(table)))[good]
         first = _runs(run[:, None])
-        return Piece(ids[run[first]], first, *(values[good] for values in piece[2:]))
+        return Piece(piece.ids[run[first]], first, *(values[good] for values in piece[2:]))
 
 
 def _runs(rows: Array) -> npt.NDArray[np.int64]:
