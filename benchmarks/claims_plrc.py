@@ -9,7 +9,7 @@ from __future__ import annotations
 from benchmarks.experiments import SCALES, Claim, Lab
 
 SCENES = ("--radius", "0.13", "0.26", "--usual-colors")  # on the default ones no small net learns in minutes
-COMMON = ("--lr", "0.4", "--hidden", "256", "--queue", "1024", "--ema", "0.99", "--warmup-epochs", "0.5")
+COMMON = ("--lr", "6", "--hidden", "256", "--queue", "1024", "--ema", "0.99", "--warmup-epochs", "0.5")
 POINTS = ("--slots", "8", "--points", "4")
 CPU = ("--arch", "resnet10-tiny", "--size", "64", "--batch-size", "32", "--epochs", "4")
 QUALITY = {"masks": "masks", "boxes": "boxes", "4 x 4": "grid:4", "2 x 2": "grid:2"}  # from best to worst, Figure 7
