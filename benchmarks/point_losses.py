@@ -1,26 +1,26 @@
 """What PLRC's point losses cost: memory, share of a training step, and a whole step's memory against MoCo v2's.
 
     python benchmarks/point_losses.py [--arch resnet50] [--size 224] [--images 32] [--memory-images 64]
-                                       [--runs 3]
+                                       [--runs 7]
 
 The losses alone run on random points: 16 slots x 16 points of each image, forward and backward. Their peak is what they
 allocate beyond their inputs, by the profiler on a CPU and by the allocator on a GPU. The step is PLRC's own on images
-of noise, with the point losses switched on and off (their share is the difference), beside MoCo v2's.
+of noise, with the point losses and with means in their place, beside MoCo v2's; rounds of all of them alternate, and
+what the losses add is taken inside a round.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from benchmarks.record import save, spread
+from benchmarks.record import alternate, save, spread
 from geoaug import Batch, ViewSpec, losses, plan_views
 from trainers import common, moco_v2, plrc
 
@@ -44,19 +44,15 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return int(held.max())
 
 
-def seconds(function: Callable[[], object], device: torch.device, runs: int) -> list[float]:
-    """Of each run, the device waited for, after one that warms up."""
-    function()
-    taken = []
-    for _ in range(runs):
+def waited_for(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The step, to the end of what it sent to the device."""
+
+    def whole() -> None:
+        step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return taken
+
+    return whole
 
 
 def losses_of(images: int, device: torch.device) -> Callable[[], None]:
@@ -79,9 +75,7 @@ def losses_of(images: int, device: torch.device) -> Callable[[], None]:
 
 def batch_of(images: int, size: int, device: torch.device) -> Batch:
     """Two planned views of noise."""
-    plan: Plan = plan_views(
-        [ViewSpec(size, scale=(0.2, 1.0))] * 2, [[size, size]] * images, range(images), seed=0, epoch=0
-    )
+    plan = plan_views([ViewSpec(size, scale=(0.2, 1.0))] * 2, [[size, size]] * images, range(images), seed=0, epoch=0)
     noise = [torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, device=device) for _ in range(2)]
     plan = plan.to(device)
     return Batch(
@@ -91,31 +85,38 @@ def batch_of(images: int, size: int, device: torch.device) -> Batch:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def without_point_losses() -> Iterator[None]:
-    """PLRC's step with its points read, but with means in the place of both losses."""
-    contrast, affinity = plrc.Model.contrast, plrc.Model.affinity
-    plrc.Model.contrast = lambda self, p, p2, points: p.mean(dim=(1, 2))  # type: ignore[method-assign]
-    plrc.Model.affinity = lambda self, p, p2, twins, points: p.mean(dim=2)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        plrc.Model.contrast, plrc.Model.affinity = contrast, affinity  # type: ignore[method-assign]
+class WithoutPointLosses(plrc.Model):
+    """PLRC with its points read, but with means in the place of both losses."""
+
+    def contrast(self, p: torch.Tensor, p2: torch.Tensor, points: common.Points) -> torch.Tensor:
+        """Costs nothing."""
+        return p.mean(dim=(1, 2)) + p2.mean(dim=(1, 2))
+
+    def affinity(self, p: torch.Tensor, p2: torch.Tensor, twins: torch.Tensor, points: common.Points) -> torch.Tensor:
+        """Costs nothing."""
+        return p.mean(dim=2)
+
+
+METHODS: dict[str, tuple[Any, Any]] = {
+    "PLRC": (plrc.Model, plrc.Config), "PLRC without its point losses": (WithoutPointLosses, plrc.Config),
+    "MoCo v2": (moco_v2.Model, moco_v2.Config),
+}  # fmt: skip
+GATES = {"peak": 200.0, "share": 0.08, "memory": 1.15}
 
 
 def step_of(method: str, arch: str, size: int, batch: Batch, device: torch.device) -> Callable[[], None]:
     """A whole training step but for its data: colours, both networks, losses, backward, optimiser, teacher."""
-    module = {"plrc": plrc, "moco_v2": moco_v2}[method]
-    config = replace(module.Config(), arch=arch, size=size, batch_size=len(batch))
+    network, settings = METHODS[method]
+    config = replace(settings(), arch=arch, size=size, batch_size=len(batch))
     torch.manual_seed(0)
-    model = common.prepare_model(module.Model(config), config, device)
+    model = common.prepare_model(network(config), config, device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     count = batch.ok.sum().float()
 
     def step() -> None:
         with mixed:
-            if method == "plrc":
+            if method != "MoCo v2":
                 points = plrc.find_points(batch, config)
                 counts = torch.stack((count, points.shared.sum(), points.distilled.any(dim=1).sum()))
                 loss, log = model(batch, points, counts, True)
@@ -136,49 +137,51 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--images", type=int, default=32, help="of the losses alone, and of the step that is timed")
     parser.add_argument("--memory-images", type=int, default=64, help="of the step whose memory is taken")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=7, help="rounds")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     alone = losses_of(args.images, device)
-    rows: list[tuple[str, str]] = []
-    raw: dict[str, object] = {}
     alone()
-    peak = raw["peak"] = peak_bytes(alone, device)
-    taken = raw["losses"] = seconds(alone, device, args.runs)
-    what = f"point losses of {args.images} images, forward and backward"
-    rows += [(f"{what}: peak (MB)", f"{peak / MB:.1f}"), (f"{what} (ms)", spread(taken))]
-
+    peak = peak_bytes(alone, device) / MB
     batch = batch_of(args.images, args.size, device)
-    step = step_of("plrc", args.arch, args.size, batch, device)
-    with_losses = raw["step"] = seconds(step, device, args.runs)
-    with without_point_losses():
-        bare = raw["step without"] = seconds(step, device, args.runs)
-    moco = raw["moco_v2"] = seconds(step_of("moco_v2", args.arch, args.size, batch, device), device, args.runs)
+    steps = {method: step_of(method, args.arch, args.size, batch, device) for method in METHODS}
+    timed = {name: waited_for(step, device) for name, step in {"point losses": alone, **steps}.items()}
+    taken = alternate(timed, args.runs)
+    with_losses, without, moco = (taken[method] for method in METHODS)
+    added = [(a - b) / b for a, b in zip(with_losses, without, strict=True)]
     name = f"step of {args.images} images, {args.arch} at {args.size}, {device.type}"
-    share = statistics.median(taken) / statistics.median(with_losses)
-    rows += [
-        (f"PLRC, {name} (ms)", spread(with_losses)),
-        (f"the same without its point losses, {name} (ms)", spread(bare)),
-        (f"MoCo v2, {name} (ms)", spread(moco)),
-        ("point losses alone, share of PLRC's step", f"{100 * share:.1f} %"),
-        ("step with them over step without", f"{statistics.median(with_losses) / statistics.median(bare):.3f}"),
+    rows = [
+        (f"point losses of {args.images} images, both ways: peak (MB, gate {GATES['peak']:g})", f"{peak:.1f}"),
+        ("the same, time (ms)", spread(taken["point losses"])),
+        *((f"{method}, {name} (ms)", spread(taken[method])) for method in METHODS),
+        (f"what the point losses add to the step (gate {100 * GATES['share']:g} %)", percent(added)),
+        ("PLRC over MoCo v2, time", percent([a / b - 1 for a, b in zip(with_losses, moco, strict=True)])),
     ]  # fmt: skip
-    del step, batch
+    del steps, timed, batch
     batch = batch_of(args.memory_images, args.size, device)
     peaks = {}
-    for method in ("plrc", "moco_v2"):
+    for method in ("PLRC", "MoCo v2"):
         one = step_of(method, args.arch, args.size, batch, device)
         one()
-        peaks[method] = peak_bytes(one, device)
+        peaks[method] = peak_bytes(one, device) / MB
         del one
-    raw["step peaks"] = peaks
-    rows += [
-        (f"peak of a step's own memory, {args.memory_images} images: {method} (MB)", f"{value / MB:.0f}")
-        for method, value in peaks.items()
-    ]
-    rows.append(("PLRC over MoCo v2", f"{peaks['plrc'] / peaks['moco_v2']:.3f}"))
-    save("point_losses", "PLRC's point losses", rows, raw)
+        rows.append(
+            (f"peak of a step's own memory, {args.memory_images} images: {method} (MB)", f"{peaks[method]:.0f}")
+        )
+    memory = peaks["PLRC"] / peaks["MoCo v2"]
+    rows.append((f"PLRC over MoCo v2, memory (gate {GATES['memory']:g})", f"{memory:.3f}"))
+    save("point_losses", "PLRC's point losses", rows, {"seconds": taken, "added": added, "peak": peak, "peaks": peaks})
+    found = {"peak": peak, "share": statistics.median(added), "memory": memory}
+    missed = [name for name, value in found.items() if value > GATES[name]]
+    if missed:
+        raise SystemExit(f"benchmarks/point_losses.py: over its gate: {', '.join(missed)}")
+
+
+def percent(shares: list[float]) -> str:
+    """Median and range."""
+    low, middle, high = min(shares), statistics.median(shares), max(shares)
+    return f"{100 * middle:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 if __name__ == "__main__":
