@@ -81,11 +81,11 @@ class Model(nn.Module):
         """InfoNCE of each image's query with its key and the queue; `count` is the step's readable images."""
         (query, key), config = batch.images, self.config
         colors = geoaug.recipes.recipe("moco_v2").at(config.size).colors
-        q = self.student(geoaug.color(query, colors[0], batch.key.fold("query")))  # [B, D]
-        with torch.no_grad():
+        with torch.no_grad():  # first, while nothing is kept for the way back
             shown = geoaug.color(key, colors[1], batch.key.fold("key"))
             shuffle = config.norm == "shuffle"
             k = common.shuffled(self.teacher, batch.key.fold("k"), shown) if shuffle else self.teacher(shown)
+        q = self.student(geoaug.color(query, colors[0], batch.key.fold("query")))  # [B, D]
         each = losses.info_nce(q, k, self.queue.vectors, self.queue.valid, temperature=config.temperature)  # [B]
         log = {"spread": common.spread(q), "spread_teacher": common.spread(k), "keys": (k, batch.ok)}
         return losses.mean(each, batch.ok, count=count), log
