@@ -1,7 +1,8 @@
 """Open Images' CSV of boxes as arrays, by image: read in blocks, hashed while read, and parsed by threads meanwhile.
 
 Rows stay in the memory, 23 bytes each, so that duplicates are found and the chosen images written without reading the
-file again. Arrow is the library that reads, a block at a time: as fast as Polars and DuckDB, in half of their memory
+file again. Arrow is the library that reads, a block at a time, where lines are not plain: Polars and DuckDB are faster,
+but take more than a GiB for the columns alone, and the loop for plain lines is faster than they are
 (benchmarks/results/openimages.md).
 """
 
