@@ -6,7 +6,7 @@ from benchmarks import claims_segmentation
 from benchmarks.experiments import Claim, Lab
 
 # Wider steps than the paper's 0.05: its runs have 185,000 of them, these 248.
-BASE = ("--lr", "2", "--hidden", "512", "--dim", "512")
+BASE = ("--lr", "0.4", "--hidden", "512", "--dim", "512")
 SIMSIAM = (*BASE, "--bottleneck", "128")
 DENSE = (*BASE, "--channels", "128")
 VARIANTS = {

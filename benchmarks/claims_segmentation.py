@@ -9,7 +9,7 @@ from __future__ import annotations
 from benchmarks.experiments import Claim, Lab
 
 LAYERS = ("c2", "c3", "c4", "c5")
-TRAIN = ("--task", "segmentation", "--classes", "17", "--aux", "64", "--hidden", "64", "--lr", "2")
+TRAIN = ("--task", "segmentation", "--classes", "17", "--aux", "64", "--hidden", "64", "--lr", "0.4")
 PIXSIM = ("--aux", "0", "--seg-weight", "0", "--region-weight", "0")
 VARIANTS = {"DenseSiam": (), "without RegionSim": ("--region-weight", "0"), "PixSim": PIXSIM}
 
