@@ -14,7 +14,7 @@ from trainers import common
 
 MORE = {
     "d3ssl": ("--min-side", "4"),
-    "scrl": ("--size", "64", "--min-side", "16"),  # with all boxes an image of smaller views would have none
+    "scrl": ("--size", "64", "--min-side", "16"),
     "densesiam": ("--size", "64"),
 }
 RUNS = [(method, MORE.get(method, ())) for method in training.OF] + [("lc_loss", DINO)]
