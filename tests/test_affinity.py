@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from data_prep import make_scenes
@@ -140,7 +141,7 @@ def test_what_a_crowd_covers_counts_for_nothing(scenes, tmp_path):
     assert crowds["objects"] == plain["objects"]  # a crowd is none
     assert crowds["jaccard"] > plain["jaccard"] * 1.05  # background that was kept wrongly is no longer looked at
     found = measure_affinity.crowds_of(tmp_path / "crowds.json")
-    assert sorted(map(len, found.values())) == [1] * 6
+    assert [len(each.masks) for each in found.values()] == [1] * 6
     for batch in measure_affinity.images_of(
         config_of(scenes), scenes, None, measure_affinity.geoaug.ViewSpec.whole(96), label_map="instance",
         label_map_size=(24, 24),
@@ -148,10 +149,22 @@ def test_what_a_crowd_covers_counts_for_nothing(scenes, tmp_path):
         void = measure_affinity.void_of(batch, found[batch.names[0]])
         assert not void[:, :, 13:].any()
         assert torch.equal(void[:, :, :11], batch.label_map[:, :, :11] < 0)
+    (tmp_path / "half").mkdir()
+    for file in images.iterdir():  # a set that was made smaller as a whole, its json left as it was
+        picture = Image.open(file)
+        picture.resize((picture.width // 2, picture.height // 2)).save(tmp_path / "half" / file.name)
+    smaller = evaluate.main(config_of(tmp_path / "crowds.json", images=tmp_path / "half"))
+    assert smaller["objects"] == crowds["objects"]
+    assert smaller["jaccard"] == pytest.approx(crowds["jaccard"], rel=0.3)
     record["annotations"][-1]["segmentation"] = {"size": [1, 1], "counts": [1]}
     (tmp_path / "bad.json").write_text(json.dumps(record))
     with pytest.raises(common.UsageError, match=r"got a crowd in .*: mask is of \["):
         evaluate.main(config_of(tmp_path / "bad.json", images=images))
+    for change in ({"image_id": [1]}, {"image_id": None}):
+        record["annotations"][-1] |= change
+        (tmp_path / "bad.json").write_text(json.dumps(record))
+        with pytest.raises(common.UsageError, match=r"path must be a COCO json, got .*annotations"):
+            evaluate.main(config_of(tmp_path / "bad.json", images=images))
 
 
 def test_data_without_masks_is_told(scenes, tmp_path):

@@ -159,8 +159,9 @@ def test_a_file_is_the_same_with_and_without_the_loop(tmp_path, monkeypatch):
     used, plain = [], PlainLines.__call__
 
     def watched(self, block):
-        used.append(plain(self, block))
-        return used[-1]
+        rows = plain(self, block)
+        used.append(rows)  # by several threads
+        return rows
 
     monkeypatch.setattr(PlainLines, "__call__", watched)
     ours = read_boxes(path, CLASSES)

@@ -19,7 +19,7 @@ MORE = {
 }
 RUNS = [(method, MORE.get(method, ())) for method in training.OF] + [("lc_loss", DINO)]
 KILLS = {"d3ssl": 3}  # else one: a start takes seconds
-STEPS = 15
+STEPS = 24  # all there are: three kills must fit in
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import geoaug
 from geoaug import metrics, viz
-from geoaug.loading.coco import read_record
+from geoaug.loading.coco import objects_of, read_record
 from geoaug.loading.label_maps import MaskError, label_map_of
 from trainers import common
 from trainers.evaluation import Config, backbone_of, images_of, known
@@ -71,29 +71,36 @@ def affinity(config: Config, backbone: metrics.Backbone) -> dict[str, Any]:
             "objects": len(mass), "images": images, "too_small": small}  # fmt: skip
 
 
-def crowds_of(file: Path) -> dict[str, list[bytes]]:
-    """The masks of each image's crowds in a COCO json, by its file name; what is wrong with it, the loader says."""
+class Crowds(NamedTuple):
+    """The masks of an image's crowds, and the (height, width) they are drawn at, which is the json's."""
+
+    masks: list[bytes]
+    size: tuple[int, int]
+
+
+def crowds_of(file: Path) -> dict[str, Crowds]:
+    """The crowds of each image of a COCO json, by its file name."""
     record = read_record(file, masks=True)
-    names = {entry["id"]: name for entry, name in zip(record.lists["images"], record.names(), strict=True)}
-    found: dict[str, list[bytes]] = {name: [] for name in names.values()}
+    sizes = objects_of(record, {}, masks=False).sizes.tolist()  # says what is wrong with the json
+    found = {name: Crowds([], (height, width)) for name, (height, width) in zip(record.names(), sizes, strict=True)}
+    names, rows = record.names(), record.rows("images")
     for entry in record.lists["annotations"]:
-        if entry.get("iscrowd") and entry.get("image_id") in names:
-            found[names[entry["image_id"]]].append(entry.get("segmentation", b""))
+        if entry.get("iscrowd") and entry["image_id"] in rows:
+            found[names[rows[entry["image_id"]]]].masks.append(entry.get("segmentation", b""))
     return found
 
 
-def void_of(batch: geoaug.Batch, crowds: list[bytes]) -> Tensor:
+def void_of(batch: geoaug.Batch, crowds: Crowds) -> Tensor:
     """Cells [1, h, w] of a crowd and of no object: neither object nor background."""
     assert batch.label_map is not None
-    height, width = batch.plan.source_size[0].tolist()
-    labels = np.zeros(len(crowds), dtype=np.int64)
+    labels, cells = np.zeros(len(crowds.masks), dtype=np.int64), tuple(batch.label_map.shape[1:])
     try:
-        cells = label_map_of(crowds, labels, tuple(batch.label_map.shape[1:]), (height, width)) >= 0
+        covered = label_map_of(crowds.masks, labels, cells, crowds.size) >= 0
     except MaskError as error:
         raise common.UsageError(
             f"--data must have masks of its images, got a crowd in {batch.names[0]}: {error}"
         ) from None
-    return torch.from_numpy(cells)[None] & (batch.label_map < 0)
+    return torch.from_numpy(covered)[None] & (batch.label_map < 0)
 
 
 def seen(batch: geoaug.Batch) -> Tensor:
