@@ -1,9 +1,8 @@
 """Open Images' CSV of boxes as arrays, by image: read in blocks, hashed while read, and parsed by threads meanwhile.
 
 Rows stay in the memory, 23 bytes each, so that duplicates are found and the chosen images written without reading the
-file again. Arrow is the library that reads, a block at a time, where lines are not plain: Polars and DuckDB are faster,
-but take more than a GiB for the columns alone, and the loop for plain lines is faster than they are
-(benchmarks/results/openimages.md).
+file again. Arrow is the library that reads, a block at a time, what is not plain (openimages_plain.py): Polars and
+DuckDB read faster, but take more than a GiB for the columns alone (benchmarks/results/openimages.md).
 """
 
 import csv

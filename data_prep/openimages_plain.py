@@ -1,4 +1,4 @@
-"""The lines that Open Images' own files consist of, to arrays by a compiled loop: three times as fast as by Arrow.
+"""The lines that Open Images' own files consist of, to arrays by a compiled loop, which takes less time than Arrow.
 
 A block is plain if each of its lines has nothing but fields between commas, an id of 16 hex digits, a known class of at
 most 16 bytes, numbers such as 1 or 0.195312, a box with an area inside [0, 1], and flags 0, 1 or -1. Any other block is
@@ -58,16 +58,16 @@ def _parse(text, words, end, roles, slots, factors, first, box, ids, starts, cla
             role, begin = roles[column], i
             if role >= _SIDE:
                 value, tens = text[i] - 48, 1
-                good = 0 <= value <= 9
+                if not 0 <= value <= 9:  # the end of the last line, perhaps
+                    return -1, 0
                 i += _1
                 if text[i] == 46:  # a point
                     i += _1
                     while 0 <= text[i] - 48 <= 9:
                         value, tens = value * 10 + text[i] - 48, tens * 10
                         i += _1
-                    good &= 2 < np.int64(i - begin) <= _NUMBER
-                if not good:
-                    return -1, 0
+                    if not 2 < np.int64(i - begin) <= _NUMBER:
+                        return -1, 0
                 box[role - _SIDE] = value / tens  # of two exact numbers, so the nearest to what is written
             else:
                 while text[i] > 44:  # a comma; quotes, blanks and ends of lines are below

@@ -121,6 +121,17 @@ def test_a_line_cut_short_anywhere_is_no_plain_one(cut):
         assert plain(block_of(line() + line()[:cut] + "\n", junk)) is None
 
 
+def test_a_side_that_ends_the_block_is_not_sought_behind_it():
+    titles = [*TITLES[:7], *TITLES[8:], "YMax"]
+    plain = PlainLines(titles, CLASSES.mids)
+    for junk in (b".", b"1", b".1"):
+        behind = (junk * MARGIN)[:MARGIN]
+        text = line(titles, YMax="").encode()
+        assert plain(Block(bytearray(behind + text + behind), MARGIN + len(text))) is None
+        text = line(titles).encode()
+        assert plain(Block(bytearray(behind + text + behind), MARGIN + len(text))) is not None
+
+
 def test_noise_is_refused_and_never_read_beyond():
     """Of random bytes, and of lines with some bytes exchanged, what is taken is what Arrow takes."""
     chance, plain, taken = random.Random(0), PlainLines(TITLES, CLASSES.mids), 0
