@@ -14,8 +14,8 @@ from numba import njit
 
 from data_prep.openimages_boxes import Boxes
 from data_prep.openimages_classes import Shared
-from data_prep.openimages_parser import DEPICTION, GROUP, TOLD, Problems
-from data_prep.openimages_plain import compile_kernel
+from data_prep.openimages_parser import TOLD, Problems
+from data_prep.openimages_plain import DEPICTION, GROUP, compile_kernel
 
 _TAG = np.uint64(int.from_bytes(hashlib.blake2b(b"openimage_mini/order").digest()[:4], "little"))
 _M0, _M1, _W0, _W1 = (np.uint64(word) for word in (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))

@@ -14,7 +14,7 @@ from data_prep.image_download import Stored
 from data_prep.openimages_boxes import Boxes
 from data_prep.openimages_choice import Choice
 from data_prep.openimages_classes import Classes, Shared
-from data_prep.openimages_parser import DEPICTION, GROUP
+from data_prep.openimages_plain import DEPICTION, GROUP
 
 _AT_ONCE = 2000  # images whose text is held
 

@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 from data_prep import openimages_plain
 from data_prep.openimages_classes import Classes
-from data_prep.openimages_plain import NIBBLE, Array, Block, ids_of
+from data_prep.openimages_plain import DEPICTION, GROUP, NIBBLE, Array, Block, Piece, ids_of
 
-GROUP, DEPICTION = 1, 2  # bits of `flags`
 TOLD = 10  # problems that are told one by one
 _SIDES, _FLAGS = ("XMin", "XMax", "YMin", "YMax"), ("IsGroupOf", "IsDepiction")
 COLUMNS = ("ImageID", "LabelName", *_SIDES, *_FLAGS)  # what is read of the 13 (V4, V5) or 21 (V6, V7)
@@ -42,17 +41,6 @@ class Problems:
         self.kinds.update(other.kinds)
         self.first = sorted([*self.first, *((before + line, reason) for line, reason in other.first)])[:TOLD]
         self.refused += other.refused
-
-
-class Piece(NamedTuple):
-    """The good rows of a part of a block; run r of them, from row starts[r] on, is of image ids[r]."""
-
-    ids: npt.NDArray[np.uint64]
-    starts: npt.NDArray[np.int64]
-    classes: npt.NDArray[np.uint16]
-    corners: npt.NDArray[np.float32]  # [rows, 4] xyxy, unit coordinates
-    flags: npt.NDArray[np.uint8]
-    lines: npt.NDArray[np.uint32]  # in the block, from 0
 
 
 class Parsed(NamedTuple):
@@ -89,11 +77,11 @@ class Parser:
     def __call__(self, block: Block) -> Parsed:
         """The good rows of whole lines."""
         parsed = Parsed([], 0, Problems())
-        rows = self._plain(block) if openimages_plain.compiled() else None
-        if rows is None:
+        piece = self._plain(block) if openimages_plain.compiled() else None
+        if piece is None:
             return parsed._replace(length=self._parse(block.text(), 0, parsed))
-        parsed.pieces.append(Piece(*rows, np.arange(len(rows.classes), dtype=np.uint32)))
-        return parsed._replace(length=len(rows.classes))
+        parsed.pieces.append(piece)
+        return parsed._replace(length=len(piece.lines))
 
     def _parse(self, block: bytes, line: int, parsed: Parsed) -> int:
         """Append what a part of a block holds, `line` lines of which come before it; how many lines it has."""

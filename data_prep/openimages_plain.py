@@ -15,6 +15,7 @@ MARGIN = 16  # bytes on either side of a block that may be read, whatever they a
 NIBBLE = np.full(256, 255, dtype=np.uint8)
 NIBBLE[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 Array = npt.NDArray[Any]
+GROUP, DEPICTION = 1, 2  # bits of `flags`
 
 _ID, _LABEL, _GROUP, _DEPICTION, _SIDE = 1, 2, 3, 4, 5  # what a column is; from 5 on a side of the box
 _ROLES = {"ImageID": _ID, "LabelName": _LABEL, "IsGroupOf": _GROUP, "IsDepiction": _DEPICTION,
@@ -39,14 +40,15 @@ class Block(NamedTuple):
         return bytes(memoryview(self.buffer)[MARGIN : self.end])
 
 
-class Rows(NamedTuple):
-    """Good rows; run r of them, from row starts[r] on, is of image ids[r]."""
+class Piece(NamedTuple):
+    """The good rows of a part of a block; run r of them, from row starts[r] on, is of image ids[r]."""
 
     ids: npt.NDArray[np.uint64]
     starts: npt.NDArray[np.int64]
     classes: npt.NDArray[np.uint16]
     corners: npt.NDArray[np.float32]  # [rows, 4] xyxy, unit coordinates
-    flags: npt.NDArray[np.uint8]  # 1: group, 2: depiction
+    flags: npt.NDArray[np.uint8]  # of the bits GROUP and DEPICTION
+    lines: npt.NDArray[np.uint32]  # in the block, from 0
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -90,7 +92,7 @@ def _parse(text, words, end, roles, slots, factors, first, box, ids, starts, cla
                     classes[row] = slots[slot, 2]
                 elif role:
                     if long == 1 and text[begin] == 49:
-                        flags[row] |= role - 2
+                        flags[row] |= GROUP if role == _GROUP else DEPICTION
                     elif (long != 1 or text[begin] != 48) and (
                         long != 2 or text[begin] != 45 or text[begin + _1] != 49
                     ):
@@ -124,7 +126,7 @@ class PlainLines:
         self._slots = np.zeros((1 << bits, 3), dtype=np.uint64)
         self._slots[slots, :2], self._slots[slots, 2] = words, list(known.values())
 
-    def __call__(self, block: Block) -> Rows | None:
+    def __call__(self, block: Block) -> Piece | None:
         """The block's rows; None where one is not plain."""
         buffer, end = block
         lines = buffer.count(b"\n", MARGIN, end)
@@ -136,7 +138,7 @@ class PlainLines:
         nibbles = NIBBLE[ids[:runs].view(np.uint8)]
         if rows < 0 or (nibbles > 15).any():
             return None
-        return Rows(ids_of(nibbles), starts[:runs].copy(), *columns)
+        return Piece(ids_of(nibbles), starts[:runs].copy(), *columns, np.arange(lines, dtype=np.uint32))
 
 
 def compile_kernel() -> None:

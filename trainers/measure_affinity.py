@@ -82,8 +82,8 @@ def crowds_of(file: Path) -> dict[str, Crowds]:
     """The crowds of each image of a COCO json, by its file name."""
     record = read_record(file, masks=True)
     sizes = objects_of(record, {}, masks=False).sizes.tolist()  # says what is wrong with the json
-    found = {name: Crowds([], (height, width)) for name, (height, width) in zip(record.names(), sizes, strict=True)}
     names, rows = record.names(), record.rows("images")
+    found = {name: Crowds([], (height, width)) for name, (height, width) in zip(names, sizes, strict=True)}
     for entry in record.lists["annotations"]:
         if entry.get("iscrowd") and entry["image_id"] in rows:
             found[names[rows[entry["image_id"]]]].masks.append(entry.get("segmentation", b""))
