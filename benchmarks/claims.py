@@ -28,10 +28,11 @@ COLUMNS = ("claim", "paper", "measured: mean ± deviation over seeds", "paired d
 
 def write(paper: str, lab: Lab, size: str, out: Path) -> None:
     """Run a paper's claims and write its table."""
+    module = importlib.import_module(f"benchmarks.claims_{paper}")
+    scale = getattr(module, "SCALES", SCALES)[size]
     began = time.perf_counter()
-    found = importlib.import_module(f"benchmarks.claims_{paper}").claims(lab)
+    found = module.claims(dataclasses.replace(lab, scale=scale))
     minutes = (time.perf_counter() - began) / 60
-    scale = lab.scale
     setting = (
         f"Seeds {', '.join(map(str, lab.seeds))}; {scale.images} scenes (`{' '.join(scale.scene_flags)}`),"
         f" {scale.epochs} epochs of batch {scale.batch_size}, {scale.arch}, views of {scale.size} px;"

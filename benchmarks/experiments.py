@@ -11,7 +11,8 @@ A paper's file has one function, which `claims.py` calls once:
 `lab.train(trainer, seed, *flags)` gives the run folder; `lab.measure(task, run, *flags)` what `evaluate.py` writes, on
 held-out scenes. Both run in processes of their own and are cached by their flags, so that a killed benchmark goes on
 where it was; runs resume from their checkpoints. The cache does not know the code: after a change, give another
-`--work`. `lab.scale` says how large everything is; its flags go to every trainer first, so that `flags` win.
+`--work`. `lab.scale` says how large everything is; its flags go to every trainer first, so that `flags` win. A paper
+that wants other sizes or scenes has `SCALES` of its own in its file.
 """
 
 from __future__ import annotations
@@ -119,13 +120,13 @@ class Lab:
 
     def scenes(self, *, held_out: bool = False, flags: tuple[str, ...] = ()) -> Path:
         """Scenes to train on, or to measure on: a COCO json. `flags` of make_scenes.py make other ones."""
-        name = ("held-out" if held_out else "scenes") + ("-" + digest(flags) if flags else "")
-        scale, out = self.scale, self.work / name
+        scale = self.scale
         count, seed = (scale.held_out, 1) if held_out else (scale.images, 0)
-        shape = ["--size", scale.scene, *scale.scene_flags, "--seed", seed, "--images", count]
+        shape = ["--size", scale.scene, *scale.scene_flags, "--seed", seed, "--images", count, *flags]
+        out = self.work / f"{'held-out' if held_out else 'scenes'}-{digest(shape)}"
         with _making:
             if not (out / "instances.json").exists():
-                self._run("data_prep/make_scenes.py", ["--out", out, *shape, *flags], out.with_suffix(".log"))
+                self._run("data_prep/make_scenes.py", ["--out", out, *shape], out.with_suffix(".log"))
         return out / "instances.json"
 
     def train(self, trainer: str, seed: int, *flags: str, data: Path | None = None) -> Path:
