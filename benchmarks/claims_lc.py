@@ -5,6 +5,8 @@ On the scenes, at the pace and against the runs of BYOL that claims_scrl.py tell
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from benchmarks.claims_scrl import SCALES, objects, train
 from benchmarks.experiments import Claim, Lab
 
@@ -19,18 +21,19 @@ LONG = {"BYOL on LC-loss's views": ("lc_loss", ("--alpha", "0"))}  # our own con
 def scores(lab: Lab, weights: str, *flags: str) -> tuple[float, float]:
     """Correspondence accuracy and object k-NN of C5 (%)."""
     side = ("--tile", str(2 * lab.scale.size))  # so that a picture has more cells than a view
-    cells = lab.measure("correspondence", weights, *side, "--workers", "0", *flags)
+    cells = lab.measure("correspondence", weights, *side, "--count", "300", "--workers", "0", *flags)
     return 100 * float(cells["accuracy"]), objects(lab, weights, *flags)
 
 
 def claims(lab: Lab) -> list[Claim]:
     """Section 4.6, and the direction of Tables 2 and 6."""
     variants = VARIANTS if lab.scale == SCALES["cpu"] else VARIANTS | LONG
-    both = {
-        name: lab.each_seed(lambda seed, t=trainer, f=flags: scores(lab, train(lab, t, seed, *f)))
-        for name, (trainer, flags) in variants.items()
-    }
-    both["untrained"] = lab.each_seed(lambda seed: scores(lab, "random", "--seed", str(seed)))
+
+    def run(trainer: str, flags: tuple[str, ...]) -> Callable[[int], tuple[float, float]]:
+        return lambda seed: scores(lab, train(lab, trainer, seed, *flags))
+
+    runs = {name: run(*variant) for name, variant in variants.items()}
+    both = lab.each_variant(runs | {"untrained": lambda seed: scores(lab, "random", "--seed", str(seed))})
     cells, named = ({name: [each[i] for each in values] for name, values in both.items()} for i in (0, 1))
 
     def claim(says: str, paper: str, values: dict[str, list[float]], worse: str) -> Claim:

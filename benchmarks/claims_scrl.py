@@ -7,6 +7,8 @@ a random net's features. The last claim sets them beside a net that never saw an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from benchmarks import experiments
 from benchmarks.experiments import Claim, Lab
 
@@ -37,11 +39,13 @@ def claims(lab: Lab) -> list[Claim]:
     """Tables 2, 6, 7 and 10 of the paper, with object k-NN in the place of detection and of a linear layer on boxes."""
     cell = "16" if lab.scale.arch == "resnet10-tiny" else "32"
     variants = VARIANTS if lab.scale == SCALES["cpu"] else VARIANTS | LONG
-    scores = {"BYOL": lab.each_seed(lambda seed: objects(lab, train(lab, "byol", seed)))}
-    for name, flags in variants.items():
-        boxes = ("--min-side", cell, *flags)
-        scores[name] = lab.each_seed(lambda seed, b=boxes: objects(lab, train(lab, "scrl", seed, *b)))
-    scores["untrained"] = lab.each_seed(lambda seed: objects(lab, "random", "--seed", str(seed)))
+
+    def run(trainer: str, *flags: str) -> Callable[[int], float]:
+        return lambda seed: objects(lab, train(lab, trainer, seed, *flags))
+
+    runs = {name: run("scrl", "--min-side", cell, *flags) for name, flags in variants.items()}
+    runs |= {"BYOL": run("byol"), "untrained": lambda seed: objects(lab, "random", "--seed", str(seed))}
+    scores = lab.each_variant(runs)
 
     def claim(says: str, paper: str, better: str, worse: str) -> Claim:
         return Claim(says, paper, "top-1 of object k-NN on C5 (%)", {name: scores[name] for name in (better, worse)})

@@ -115,8 +115,13 @@ class Lab:
 
     def each_seed(self, function: Callable[[int], Any]) -> list[Any]:
         """What the function gives for each seed."""
+        return self.each_variant({"": function})[""]
+
+    def each_variant(self, functions: Mapping[str, Callable[[int], Any]]) -> dict[str, list[Any]]:
+        """What each function gives for each seed; all at once, so that no job waits for a variant's last seed."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(function, self.seeds))
+            found = {name: [pool.submit(function, seed) for seed in self.seeds] for name, function in functions.items()}
+            return {name: [each.result() for each in every] for name, every in found.items()}
 
     def scenes(self, *, held_out: bool = False, flags: tuple[str, ...] = ()) -> Path:
         """Scenes to train on, or to measure on: a COCO json. `flags` of make_scenes.py make other ones."""
