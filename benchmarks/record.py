@@ -108,8 +108,9 @@ def save(
     name: str, title: str, rows: Sequence[tuple[str, ...]], raw: Mapping[str, object], *,
     columns: tuple[str, ...] = ("what", "figure"), notes: Sequence[str] = (), where: Path = RESULTS,
 ) -> None:  # fmt: skip
-    """Print a table and write it to results/<name>.md, with every number in results/<name>.json."""
+    """Print a table and write it to results/<name>.md, with every number in .json; <name>_cuda where there is a GPU."""
     about = machine()
+    name += "_cuda" if about["gpu"] else ""
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())  # type: ignore[attr-defined]
     lines = [
         f"# {title}",
