@@ -96,19 +96,15 @@ class LARS(torch.optim.Optimizer):
                 continue
             updates = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
             if group["adapt"]:
-                ratios = [
-                    self._ratio(p_norm, u_norm, group["eta"])
-                    for p_norm, u_norm in zip(
-                        torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True
-                    )
-                ]
-                updates = [update * ratio for update, ratio in zip(updates, ratios, strict=True)]
-            for p, update in zip(parameters, updates, strict=True):
-                velocity = self.state[p].get("velocity")
-                self.state[p]["velocity"] = update.clone() if velocity is None else velocity
-                if velocity is not None:
-                    velocity.mul_(group["momentum"]).add_(update)
-                p.add_(self.state[p]["velocity"], alpha=-group["lr"])
+                norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, updates))
+                torch._foreach_mul_(updates, list(self._ratio(*norms, group["eta"]).unbind()))
+            fresh = [p for p in parameters if "velocity" not in self.state[p]]
+            for p in fresh:
+                self.state[p]["velocity"] = torch.zeros_like(p)
+            velocities = [self.state[p]["velocity"] for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates)
+            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
         return loss
 
     @staticmethod

@@ -18,6 +18,6 @@ def cell_centers(h: int, w: int, *, device: torch.device | str | None = None) ->
     """
     h = checks.index(h, 1, 2**24, "cell_centers", "h")
     w = checks.index(w, 1, 2**24, "cell_centers", "w")
-    y = (torch.arange(h, device=device, dtype=torch.float32) + 0.5) / h
-    x = (torch.arange(w, device=device, dtype=torch.float32) + 0.5) / w
+    # A GPU divides by a number by multiplying with its reciprocal; in float64 that rounds to the CPU's float32.
+    y, x = (((torch.arange(n, device=device, dtype=torch.float64) + 0.5) / n).to(torch.float32) for n in (h, w))
     return torch.stack((x.repeat(h), y.repeat_interleave(w)), dim=-1)

@@ -158,46 +158,65 @@ def _uniform_sides(size: Tensor, least: int, u: Tensor, v: Tensor) -> tuple[Tens
     return start, start + length
 
 
-def _iou_below(candidate: Tensor, earlier: Tensor, most: float) -> Tensor:
-    """Whether candidates [B, C, 4] have IoU under `most` with all earlier boxes [B, s, 4] of positive area."""
-    c, e = candidate[:, :, None], earlier[:, None]
-    sides = (torch.minimum(c[..., 2:], e[..., 2:]) - torch.maximum(c[..., :2], e[..., :2])).clamp(min=0)
-    inter = sides[..., 0] * sides[..., 1]
-    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (c, e)]
-    union = areas[0] + areas[1] - inter
-    return ((inter < torch.tensor(most, dtype=torch.float32) * union) | (areas[1] <= 0)).all(-1)
+def _candidates(pixels: Tensor, key: Key, slots: range, least: int, grid: bool) -> Tensor:
+    """All candidates [B, slots, 50, 4] of some slots, in pixels of the overlap."""
+    tries = kernels.CANDIDATES
+    words = key.words("boxes", 4 * tries * len(slots), start=4 * tries * slots.start)
+    words = words.unflatten(1, (len(slots), tries, 16))
+    width, height = (pixels[:, axis, None, None].to(torch.int64) for axis in (0, 1))
+    if grid:
+        sides = (_grid_sides(width, least, words[..., :8]), _grid_sides(height, least, words[..., 8:]))
+    else:
+        u = unit(words[..., :4])
+        sides = (
+            _uniform_sides(width, least, u[..., 0], u[..., 1]),
+            _uniform_sides(height, least, u[..., 2], u[..., 3]),
+        )
+    (x0, x1), (y0, y1) = sides
+    return torch.stack((x0, y0, x1, y1), dim=-1)
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return sides[..., 0] * sides[..., 1]
 
 
 def _draw_all(
     pixels: Tensor, usable: Tensor, key: Key, k: int, least: int, most: float, grid: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same boxes with all 50 candidates of a slot at once (any device, no synchronisation)."""
+    """The same boxes with all 50 candidates of a slot at once (any device, no synchronisation).
+
+    A GPU spends its time on launches here, so only what hangs on earlier boxes is done slot by slot.
+    """
     tries = kernels.CANDIDATES
-    width, height = (pixels[:, axis, None].to(torch.int64) for axis in (0, 1))
-    boxes, valid = (
-        pixels.new_zeros((len(key), k, 4), dtype=torch.float32),
-        pixels.new_zeros((len(key), k), dtype=torch.bool),
-    )
-    for slot in range(k):
-        words = key.words("boxes", 4 * tries, start=4 * tries * slot).unflatten(1, (tries, 16))
-        if grid:
-            sides = (_grid_sides(width, least, words[..., :8]), _grid_sides(height, least, words[..., 8:]))
-        else:
-            u = unit(words[..., :4])
-            sides = (
-                _uniform_sides(width, least, u[..., 0], u[..., 1]),
-                _uniform_sides(height, least, u[..., 2], u[..., 3]),
-            )
-        (x0, x1), (y0, y1) = sides
-        candidates = torch.stack((x0, y0, x1, y1), dim=-1)  # [B, 50, 4]
-        accepted = torch.ones_like(x0, dtype=torch.bool)
-        if most < 1.0 and slot > 0:
-            accepted = _iou_below(candidates, boxes[:, :slot], most)
-        first = (~accepted).cumprod(dim=1).sum(dim=1)  # failures before the first success; 50 if there is none
-        chosen = first.clamp(max=tries - 1)[:, None, None].expand(-1, 1, 4)
-        valid[:, slot] = usable & ((first < tries) | keep)
-        boxes[:, slot] = torch.where(valid[:, slot, None], candidates.gather(1, chosen)[:, 0], 0)
-    return boxes, valid
+    boxes = pixels.new_zeros((len(key), k, 4), dtype=torch.float32)
+    areas, valid = boxes.new_zeros((len(key), k)), torch.zeros_like(boxes[..., 0], dtype=torch.bool)
+    # The first that is taken has the highest rank, then comes the last of all; none is alike.
+    rank = torch.arange(2 * tries, 0, -2, device=pixels.device)
+    last = (torch.arange(tries, device=pixels.device) == tries - 1).to(rank.dtype)
+    limit = torch.tensor(most, dtype=torch.float32)
+    chunk = max(1, 2**20 // max(1, len(key) * tries))  # slots whose candidates are made together: some 100 MB
+    for start in range(0, k, chunk):
+        slots = range(start, min(start + chunk, k))
+        every = _candidates(pixels, key, slots, least, grid)
+        sizes = _areas(every)
+        for slot in slots:
+            candidates, area = every[:, slot - start], sizes[:, slot - start]
+            if most < 1.0 and slot > 0:
+                c, e, earlier = candidates[:, :, None], boxes[:, None, :slot], areas[:, None, :slot]
+                sides = (torch.minimum(c[..., 2:], e[..., 2:]) - torch.maximum(c[..., :2], e[..., :2])).clamp(min=0)
+                inter = sides[..., 0] * sides[..., 1]
+                union = area[:, :, None] + earlier - inter
+                accepted = ((inter < limit * union) | (earlier <= 0)).all(-1)
+                best, chosen = torch.where(accepted, rank, last).max(dim=1, keepdim=True)
+            else:
+                best, chosen = rank[:1].expand(len(key), 1), torch.zeros_like(valid[:, :1], dtype=torch.int64)
+            took = (best[:, 0] > 1) | keep
+            valid[:, slot] = took
+            boxes[:, slot] = candidates.gather(1, chosen[..., None].expand(-1, -1, 4))[:, 0] * took[:, None]
+            areas[:, slot] = area.gather(1, chosen)[:, 0] * took
+    valid = valid & usable[:, None]
+    return boxes * valid[..., None], valid
 
 
 def overlap_grid(
