@@ -1,7 +1,7 @@
 """Which of the papers' claims hold on scenes: trains the variants, measures them, and says so claim by claim.
 
-    python benchmarks/claims.py --papers lc,scrl,plrc,densesiam,segmentation [--seeds 3] [--device cpu|cuda]
-                                [--size cpu|gpu|tiny] [--jobs 1] [--work runs/claims] [--out benchmarks/results]
+    python benchmarks/claims.py --papers lc,scrl,pace,plrc,densesiam,segmentation [--seeds 3] [--device cpu|cuda]
+                                [--size cpu|gpu|tiny] [--jobs 2] [--work runs/claims] [--out benchmarks/results]
 
 Each paper has a `claims_<paper>.py` with one function `claims(lab) -> list[Claim]`; how to write one stands at the head
 of `experiments.py`. Results go to claims_<paper>.md and .json, also where a claim does not hold. Every variant is
@@ -15,14 +15,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import os
 import time
 from pathlib import Path
 
 from benchmarks import record
 from benchmarks.experiments import SCALES, Lab
 
-NAMES = {"lc": "LC-loss", "scrl": "SCRL", "plrc": "PLRC", "densesiam": "DenseSiam",
-         "segmentation": "DenseSiam's segmentation"}  # fmt: skip
+NAMES = {
+    "lc": "LC-loss",
+    "scrl": "SCRL",
+    "pace": "SCRL, with the target at the paper's pace,",
+    "plrc": "PLRC",
+    "densesiam": "DenseSiam",
+    "segmentation": "DenseSiam's segmentation",
+}
 COLUMNS = ("claim", "paper", "measured: mean ± deviation over seeds", "paired difference", "holds here")
 
 
@@ -38,6 +45,7 @@ def write(paper: str, lab: Lab, size: str, out: Path) -> None:
         f" {scale.epochs} epochs of batch {scale.batch_size}, {scale.arch}, views of {scale.size} px;"
         f" measured on {scale.held_out} other scenes; {lab.device}; {minutes:.1f} minutes, less what was cached."
     )
+    setting += getattr(module, "NOTE", "")
     raw = {
         "size": size,
         "scale": scale._asdict(),
@@ -53,16 +61,16 @@ def write(paper: str, lab: Lab, size: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--papers", default=",".join(NAMES), help="of lc, scrl, plrc, densesiam, segmentation, with commas between"
-    )
+    parser.add_argument("--papers", default=",".join(NAMES), help=f"of {', '.join(NAMES)}, with commas between")
     parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=tuple(SCALES), default="cpu", help="of data and runs; tiny learns nothing")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (on a CPU as many as cores, else 1)")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="scenes, runs and scores; goes on there")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     args = parser.parse_args()
+    if args.jobs is None:
+        args.jobs = (os.cpu_count() or 1) if args.device == "cpu" else 1
     papers = args.papers.split(",")
     unknown = [paper for paper in papers if paper not in NAMES]
     if unknown or args.seeds < 1 or args.jobs < 1:

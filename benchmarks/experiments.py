@@ -12,7 +12,8 @@ A paper's file has one function, which `claims.py` calls once:
 held-out scenes. Both run in processes of their own and are cached by their flags, so that a killed benchmark goes on
 where it was; runs resume from their checkpoints. The cache does not know the code: after a change, give another
 `--work`. `lab.scale` says how large everything is; its flags go to every trainer first, so that `flags` win. A paper
-that wants other sizes or scenes has `SCALES` of its own in its file.
+that wants other sizes or scenes has `SCALES` of its own in its file, one for each name here; `NOTE` stands under its
+table.
 """
 
 from __future__ import annotations
@@ -121,7 +122,11 @@ class Lab:
         """What each function gives for each seed; all at once, so that no job waits for a variant's last seed."""
         with ThreadPoolExecutor(self.jobs) as pool:
             found = {name: [pool.submit(function, seed) for seed in self.seeds] for name, function in functions.items()}
-            return {name: [each.result() for each in every] for name, every in found.items()}
+            try:
+                return {name: [each.result() for each in every] for name, every in found.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what has not begun
+                raise
 
     def scenes(self, *, held_out: bool = False, flags: tuple[str, ...] = ()) -> Path:
         """Scenes to train on, or to measure on: a COCO json. `flags` of make_scenes.py make other ones."""

@@ -1,6 +1,7 @@
 import importlib
 import json
 import sys
+import time
 
 import pytest
 import tyro
@@ -58,6 +59,19 @@ def test_what_was_trained_and_measured_is_not_done_again(tmp_path, monkeypatch):
     assert lab.train("byol", 0, "--lr", "2") != lab.train("byol", 0, "--lr", "1")
 
 
+def test_an_error_ends_the_runs_that_have_not_begun(tmp_path):
+    began = []
+
+    def run(seed):
+        began.append(seed)
+        time.sleep(0.01)
+        raise SystemExit("it broke")
+
+    with pytest.raises(SystemExit, match="it broke"):
+        Lab(tmp_path, seeds=tuple(range(200))).each_variant({"a": run, "b": run})
+    assert len(began) < 400
+
+
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
 @pytest.mark.parametrize("paper", claims.NAMES)
 def test_every_command_of_a_papers_claims_is_one(paper, size, tmp_path, monkeypatch):
@@ -70,15 +84,17 @@ def test_every_command_of_a_papers_claims_is_one(paper, size, tmp_path, monkeypa
             arguments[1].mkdir(parents=True)
             (arguments[1] / "instances.json").write_text("{}")
         elif script == "trainers/evaluate.py":
-            measured.append(tyro.cli(evaluation.Config, args=words))
-            measured[-1].out.parent.mkdir(parents=True, exist_ok=True)
-            measured[-1].out.write_text(json.dumps(SCORES))
+            config = tyro.cli(evaluation.Config, args=words)
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            config.out.write_text(json.dumps(SCORES))
+            measured.append(config)
         else:
             name = script.removeprefix("trainers/").removesuffix(".py")
             name += "_segmentation" if common.flag("task", words) == "segmentation" else ""
             trainer = importlib.import_module(f"trainers.{name}")
-            trained.append(common.parse(trainer.Config, trainer.PRESETS, words))
-            trained[-1].output.mkdir(parents=True)
+            config = common.parse(trainer.Config, trainer.PRESETS, words)
+            config.output.mkdir(parents=True)
+            trained.append(config)
 
     monkeypatch.setattr(Lab, "_run", run)
     monkeypatch.setattr(sys, "argv", ["claims.py", "--papers", paper, "--size", size, "--work", str(tmp_path / "work"),
@@ -86,10 +102,10 @@ def test_every_command_of_a_papers_claims_is_one(paper, size, tmp_path, monkeypa
     claims.main()
     name = f"claims_{paper}" + ("_gpu" if size == "gpu" else "")
     found = json.loads((tmp_path / f"{name}.json").read_text())["claims"]
-    assert len(found) >= 3
+    assert len(found) >= (1 if paper == "pace" else 3)
     assert all(len(values) == 2 for claim in found for values in claim["values"].values())
     assert {claim["holds"] for claim in found} == {"unclear"}
-    assert len({config.output for config in trained}) == len(trained) >= 6
+    assert len({config.output for config in trained}) == len(trained) >= 4
     assert {config.seed for config in trained} == {0, 1}
     # Whatever was trained is measured, with the architecture it has.
     arches = {str(config.output): config.arch for config in trained}

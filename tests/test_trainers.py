@@ -492,6 +492,7 @@ WRONG = [
     ("lc_loss", "--arch swin_b", "--arch must be one of resnet10-tiny, "),
     ("scrl", "--arch swin_t", "--arch must be one of resnet10-tiny, "),
     ("byol", "--monitor on", "--monitor on needs labels: images in subfolders of two classes at least, got 0"),
+    ("scrl", "--size 80", "--size must be a multiple of the 32 pixels of a cell, got 80"),
     ("scrl", "--min-side 0", "--min-side must be over 0 and at most 31, got 0"),
     ("scrl", "--min-side 32", "--min-side must be over 0 and at most 31, got 32"),
     ("scrl", "--max-iou 1.5", "--max-iou must be over 0 and at most 1, got 1.5"),

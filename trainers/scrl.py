@@ -113,12 +113,16 @@ class Pairs:
 
 @torch.no_grad()
 def find_pairs(batch: geoaug.Batch, config: Config) -> Pairs:
-    """Draw all boxes of the batch (section 3.1); geometry alone, so their number is known before the first forward."""
-    v1, v2 = (batch.plan.view_from_source[:, v] for v in (0, 1))
+    """Draw all boxes of the batch (section 3.1); geometry alone, so their number is known before the first forward.
+
+    Where the plan was made, and then sent to the device: there, the draws alone are some hundred launches.
+    """
+    plan, key = batch.host or (batch.plan, batch.key)
+    v1, v2 = (plan.view_from_source[:, v] for v in (0, 1))
 
     def draw(name: str) -> tuple[Tensor, Tensor, Tensor]:
         return geoaug.matched_boxes(
-            v1, v2, config.boxes, sizes=batch.plan.view_sizes, key=batch.key.fold(name), min_size=config.min_side,
+            v1, v2, config.boxes, sizes=plan.view_sizes, key=key.fold(name), min_size=config.min_side,
             max_iou=config.max_iou, law=config.law, on_fail=config.on_fail,
         )  # fmt: skip
 
@@ -128,10 +132,12 @@ def find_pairs(batch: geoaug.Batch, config: Config) -> Pairs:
         valid = valid & also
     elif config.jitter > 0:
         scale = (1 - config.jitter, 1 + config.jitter)
-        key = batch.key.fold("jitter")
-        in_v2 = geoaug.jitter_boxes(in_v2, key=key, law="free", scale=scale, shift=config.jitter)
+        in_v2 = geoaug.jitter_boxes(in_v2, key=key.fold("jitter"), law="free", scale=scale, shift=config.jitter)
+    both = box_algebra.clip(torch.stack((in_v1, in_v2)))
+    if both.device != batch.ok.device:  # page-locked, so that nothing waits for the copy
+        both, valid = (x.pin_memory().to(batch.ok.device, non_blocking=True) for x in (both, valid))
     valid = valid & batch.ok[:, None]
-    return Pairs(*(filled(box_algebra.clip(boxes), valid) for boxes in (in_v1, in_v2)), valid)
+    return Pairs(*(filled(boxes, valid) for boxes in both), valid)
 
 
 def filled(boxes: Tensor, valid: Tensor) -> Tensor:
@@ -197,6 +203,9 @@ class Model(nn.Module):
 
 def check(config: Config) -> None:
     """What is wrong in the numbers of the boxes."""
+    cell = common.stride(config.arch, "c5")
+    if config.size % cell:  # or unit boxes would lie elsewhere on the map than in the view
+        raise common.UsageError(f"--size must be a multiple of the {cell} pixels of a cell, got {config.size}")
     for name, value, most in (
         ("crop", config.crop, 1), ("max-iou", config.max_iou, 1), ("min-side", config.min_side, config.size - 1),
     ):  # fmt: skip

@@ -24,7 +24,8 @@ class Batch:
     computed from their plan means nothing, so a loss takes `valid & batch.ok[:, None]`. Boxes are in unit coordinates
     of the source, so `batch.plan.view_from_source[:, v].boxes(batch.boxes)` is where they lie in view v. Unknown labels
     are -1. An instance in `label_map` is counted among its image's objects, crowds left out: its slot, unless there are
-    more objects than slots. `plan.key` is at the epoch the views were planned in, `key` at the loader's.
+    more objects than slots. `plan.key` is at the epoch the views were planned in, `key` at the loader's. A batch sent
+    to a GPU keeps both on the `host`, too: geometry of many small steps is a moment there, and many launches on a GPU.
     """
 
     images: list[UInt8[Tensor, "B 3 _h _w"]]
@@ -37,6 +38,7 @@ class Batch:
     box_labels: Int64[Tensor, "B M"]
     label: Int64[Tensor, " B"]
     label_map: Int64[Tensor, "B _mh _mw"] | None = None
+    host: tuple[Plan, Key] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -48,6 +50,8 @@ class Batch:
             if hasattr(value, "to"):
                 moved[name] = value.to(device, non_blocking=non_blocking)
         moved["images"] = [image.to(device, non_blocking=non_blocking) for image in self.images]
+        if self.key.ids.device.type == "cpu":
+            moved["host"] = (self.plan, self.key)
         return Batch(**moved)
 
     def split(self, parts: int) -> list[Batch]:
@@ -58,9 +62,12 @@ class Batch:
         return [self._rows(slice(at, at + size)) for at in range(0, max(len(self), 1), max(size, 1))]
 
     def _rows(self, rows: slice) -> Batch:
-        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        every = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("images", "host")}
         taken: dict[str, Any] = {name: None if value is None else value[rows] for name, value in every.items()}
         taken["images"] = [image[rows] for image in self.images]
+        if self.host is not None:
+            plan, key = self.host
+            taken["host"] = (plan[rows], key[rows])
         return Batch(**taken)
 
     def pin_memory(self) -> Batch:
