@@ -1,4 +1,4 @@
-"""SCRL over BYOL on claims_scrl.py's scenes, with a target that moves at the paper's pace in the CPU's few steps, too."""
+"""SCRL over BYOL on claims_scrl.py's scenes, with a target that moves at the paper's pace in so few steps, too."""
 
 from __future__ import annotations
 
