@@ -148,9 +148,8 @@ def main() -> None:
         )
     columns = ("step of", "time (ms)", "over SimSiam, in each round", "peak memory (MiB)", "over SimSiam")
     about = f"{setting.arch}, views of {setting.size}, batch {batch_size}, precision {setting.precision}, {device}."
-    name = "densesiam" if device == "cpu" else "densesiam_gpu"
     save(
-        name,
+        "densesiam",
         "What DenseSiam adds to SimSiam",
         rows,
         {"seconds": seconds, "bytes": held},
