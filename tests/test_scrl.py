@@ -1,6 +1,5 @@
 import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,37 +126,6 @@ def test_all_boxes_of_a_batch_are_one_call(monkeypatch):
     batch.ok[7] = False
     assert scrl.find_pairs(batch, config_of()).valid.sum() == 63 * 10
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize("jitter", ["0", "0.2", "inf"])
-def test_boxes_are_drawn_where_the_plan_was_made(jitter, batches, our_errors):  # noqa: F811
-    config, batch = config_of("--min-side", "16", "--jitter", jitter), batches["scrl"]
-    batch = replace(batch, ok=batch.ok.clone())
-    batch.ok[3] = False
-    here = scrl.find_pairs(batch, config)
-    assert here.valid.any()
-    moved = batch.to("cpu")
-    assert moved.host == (batch.plan, batch.key)
-    there = scrl.find_pairs(replace(moved, plan=None, key=None), config)
-    parts = [scrl.find_pairs(replace(part, plan=None, key=None), config) for part in moved.split(2)]
-    for name in ("in_v1", "in_v2", "valid"):
-        assert torch.equal(getattr(there, name), getattr(here, name))
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(here, name))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("jitter", ["0", "0.2", "inf"])
-def test_the_same_pairs_on_a_gpu_without_synchronising(jitter, batches, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("GEOAUG_CHECK", "0")
-    config, batch = config_of("--min-side", "16", "--jitter", jitter), batches["scrl"]
-    here, moved = scrl.find_pairs(batch, config), batch.to("cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        there = scrl.find_pairs(moved, config)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for name in ("in_v1", "in_v2", "valid"):
-        assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
 
 
 @pytest.mark.parametrize("jitter", ["0", "0.2", "inf"])
