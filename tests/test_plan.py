@@ -80,6 +80,14 @@ def test_rows_do_not_depend_on_batch_or_order():
     assert parts.to_dict() == whole.to_dict()
 
 
+def test_operators_that_follow_a_plan_draw_anew_each_epoch():
+    keys = [make(epoch=epoch, seed=seed).key for epoch, seed in ((0, 0), (1, 0), (0, 1))]
+    assert [(key.epoch, key.seed) for key in keys] == [(0, 0), (1, 0), (0, 1)]
+    first, *others = (key.uniform("boxes", 8) for key in keys)
+    assert not any(torch.equal(first, other) for other in others)
+    assert torch.equal(first, make().key.uniform("boxes", 8))
+
+
 def test_every_epoch_seed_and_view_is_another_draw():
     specs = [ViewSpec(224), ViewSpec(224)]
     first = make(200, specs)
