@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from benchmarks import experiments
 from benchmarks.experiments import Claim, Lab
+from trainers import common
 
 # Objects that fill an image, so that a box is mostly of one of them and a view of several.
 _FULL = ("--objects", "3", "5", "--radius", "0.25", "0.4", "--usual-colors")
@@ -32,7 +33,8 @@ def train(lab: Lab, trainer: str, seed: int, *flags: str) -> str:
     steps = scale.epochs * (scale.images // scale.batch_size)
     pace = ("--lr", str(2 * 256 / scale.batch_size), "--ema", "0.97" if steps > ENOUGH else "0.9999")
     alone = ("--workers", "0") if lab.device == "cpu" else ()
-    return str(lab.train(trainer, seed, *pace, *SHARED, *alone, *flags))
+    boxes = ("--min-side", str(common.stride(scale.arch, "c5"))) if trainer == "scrl" else ()
+    return str(lab.train(trainer, seed, *pace, *SHARED, *alone, *boxes, *flags))
 
 
 def object_top1(lab: Lab, weights: str, seed: int) -> float:
@@ -44,13 +46,12 @@ def object_top1(lab: Lab, weights: str, seed: int) -> float:
 
 def claims(lab: Lab) -> list[Claim]:
     """Tables 2, 6, 7 and 10 of the paper, with object k-NN in the place of detection and of a linear layer on boxes."""
-    cell = "16" if lab.scale.arch == "resnet10-tiny" else "32"
     variants = VARIANTS if lab.scale == SCALES["cpu"] else VARIANTS | LONG
 
     def run(trainer: str, *flags: str) -> Callable[[int], float]:
         return lambda seed: object_top1(lab, train(lab, trainer, seed, *flags), seed)
 
-    runs = {name: run("scrl", "--min-side", cell, *flags) for name, flags in variants.items()}
+    runs = {name: run("scrl", *flags) for name, flags in variants.items()}
     runs |= {"BYOL": run("byol"), "untrained": lambda seed: object_top1(lab, "random", seed)}
     scores = lab.each_variant(runs)
 

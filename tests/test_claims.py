@@ -98,7 +98,7 @@ def test_every_command_of_a_papers_claims_is_one(paper, size, tmp_path, monkeypa
 
     monkeypatch.setattr(Lab, "_run", run)
     monkeypatch.setattr(sys, "argv", ["claims.py", "--papers", paper, "--size", size, "--work", str(tmp_path / "work"),
-                                      "--out", str(tmp_path), "--seeds", "2"])  # fmt: skip
+                                      "--out", str(tmp_path), "--seeds", "2", "--jobs", "1"])  # tyro is not for threads  # fmt: skip
     claims.main()
     name = f"claims_{paper}" + ("_gpu" if size == "gpu" else "")
     found = json.loads((tmp_path / f"{name}.json").read_text())["claims"]

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
+from . import boxes as box_algebra
 from . import checks, grids, kernels
 from .affine import AxisAffine
 from .rng import Key, below, unit
@@ -176,11 +177,6 @@ def _candidates(pixels: Tensor, key: Key, slots: range, least: int, grid: bool) 
     return torch.stack((x0, y0, x1, y1), dim=-1)
 
 
-def _areas(boxes: Tensor) -> Tensor:
-    sides = boxes[..., 2:] - boxes[..., :2]
-    return sides[..., 0] * sides[..., 1]
-
-
 def _draw_all(
     pixels: Tensor, usable: Tensor, key: Key, k: int, least: int, most: float, grid: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -199,7 +195,7 @@ def _draw_all(
     for start in range(0, k, chunk):
         slots = range(start, min(start + chunk, k))
         every = _candidates(pixels, key, slots, least, grid)
-        sizes = _areas(every)
+        sizes = box_algebra.area(every)
         for slot in slots:
             candidates, area = every[:, slot - start], sizes[:, slot - start]
             if most < 1.0 and slot > 0:
