@@ -97,8 +97,10 @@ def test_every_command_of_a_papers_claims_is_one(paper, size, tmp_path, monkeypa
             trained.append(config)
 
     monkeypatch.setattr(Lab, "_run", run)
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--papers", paper, "--size", size, "--work", str(tmp_path / "work"),
-                                      "--out", str(tmp_path), "--seeds", "2", "--jobs", "1"])  # tyro is not for threads  # fmt: skip
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    one_thread = ["--jobs", "1"]  # tyro, which reads the commands here, is not for several
+    command = ["claims.py", "--papers", paper, "--size", size, "--seeds", "2", *folders, *one_thread]
+    monkeypatch.setattr(sys, "argv", command)
     claims.main()
     name = f"claims_{paper}" + ("_gpu" if size == "gpu" else "")
     found = json.loads((tmp_path / f"{name}.json").read_text())["claims"]
