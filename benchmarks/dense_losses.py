@@ -1,10 +1,11 @@
 """What a dense loss costs over BYOL: whole steps of both in turn, from the stored views to the moved target.
 
-    python benchmarks/dense_losses.py [--papers scrl] [--arch resnet50] [--batch-size 8] [--runs 7]
+    python benchmarks/dense_losses.py [--papers scrl] [--arch resnet50] [--batch-size 8] [--runs 7] [--steps 1]
 
 A step is colours, boxes, both networks, backward, LARS and the moving average; loading is left out, since it is the
 same. Each paper is compared with BYOL on the same views with the same passes; the first figure is the median over
-alternating runs of its time over BYOL's in the same round. With a GPU, the batch is 64 and bf16 is on.
+alternating runs of its time over BYOL's in the same round. With a GPU, the batch is 64, bf16 is on, and a run is ten
+steps before the GPU is waited for, since a trainer gives it the next step while it works on this one.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def _with_counts(batch: Batch, points: torch.Tensor, valid: torch.Tensor) -> tup
 
 
 def step_of(
-    trainer: ModuleType, config: Any, batch: Batch, inputs: Callable[[Batch, Any], tuple[Any, ...]]
+    trainer: ModuleType, config: Any, batch: Batch, inputs: Callable[[Batch, Any], tuple[Any, ...]], count: int
 ) -> Callable[[], None]:
-    """One whole step of a trainer on the batch, as its loop does it."""
+    """So many whole steps of a trainer on the batch, as its loop does them."""
     device = batch.ok.device
     torch.manual_seed(0)
     model = common.prepare_model(trainer.Model(config), config, device)
@@ -57,10 +58,14 @@ def step_of(
         optimizer.step()
         optimizer.zero_grad()
         common.move_teacher(model.teacher, model.student, 0.99)
+
+    def steps() -> None:
+        for _ in range(count):
+            step()
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    return steps
 
 
 def views(trainer: ModuleType, config: Any, device: torch.device) -> Batch:
@@ -83,10 +88,10 @@ def measure(paper: str, args: argparse.Namespace, device: torch.device) -> dict[
     ours, theirs = trainer.Config(**shape).filled(), byol.Config(**shape, **passes)
     batch = views(trainer, ours, device)
     steps = {
-        paper: step_of(trainer, ours, batch, inputs),
-        "byol": step_of(byol, theirs, batch, lambda batch, _: (batch.ok.sum().float(),)),
+        paper: step_of(trainer, ours, batch, inputs, args.steps),
+        "byol": step_of(byol, theirs, batch, lambda batch, _: (batch.ok.sum().float(),), args.steps),
     }
-    return alternate(steps, args.runs)
+    return {name: [x / args.steps for x in taken] for name, taken in alternate(steps, args.runs).items()}
 
 
 def main() -> None:
@@ -97,6 +102,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64 if device.type == "cuda" else 8)
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=10 if device.type == "cuda" else 1, help="steps of a run")
     args = parser.parse_args()
     rows, raw = [], {}
     for paper in args.papers.split(","):
@@ -109,7 +115,8 @@ def main() -> None:
             ("a step of BYOL (ms)", spread(seconds["byol"])),
         ]  # fmt: skip
         raw[paper] = seconds
-    rows.append(("arch, size, batch, device", f"{args.arch}, {args.size}, {args.batch_size}, {device.type}"))
+    setting = (args.arch, args.size, args.batch_size, args.steps, device.type)
+    rows.append(("arch, size, batch, steps of a run, device", ", ".join(map(str, setting))))
     save("dense_losses", "What a dense loss costs over BYOL", rows, {"seconds": raw})
 
 

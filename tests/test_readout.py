@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional
+from torchvision.ops import roi_align
 
 from geoaug import grids
 from geoaug.objectives.readout import fpn_level, roi_features, sample_points
@@ -100,6 +101,34 @@ def test_boxes_against_the_loop(aligned, output, ratio):
             for c in range(2):
                 expected = pool_box(maps[b, c].tolist(), boxes[b, k].tolist(), bins, aligned, ratio)
                 assert torch.allclose(pooled[b, k, c], torch.tensor(expected, dtype=torch.float64), atol=1e-10)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("ratio", [0, 1, 2, 5])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.5, 2.5)])
+def test_one_bin_reads_and_teaches_as_the_operator_does(aligned, ratio, low, high):
+    maps, boxes = features(3, 4, H, W).requires_grad_(), some_boxes(3, 50, low=low, high=high)
+    boxes[0, 0] = torch.tensor([-0.5, 0.2, 0.5, 0.3])  # begins half the map outside
+    boxes[0, 1], boxes[0, 2] = torch.tensor([0, 0, 1, 1]), torch.tensor([2.0, 2.0, 3.0, 3.0])
+    pooled = roi_features(maps, boxes, torch.ones(3, 50, dtype=torch.bool), 1, aligned=aligned, sampling_ratio=ratio)
+    rows = torch.arange(3.0).repeat_interleave(50)[:, None]
+    rois = torch.cat((rows, boxes.flatten(0, 1) * torch.tensor([W, H, W, H])), 1)
+    expected = roi_align(maps, rois, 1, 1.0, ratio, aligned).view(3, 50, 4, 1, 1)
+    assert torch.allclose(pooled, expected, atol=1e-12)
+    assert not pooled[0, 2].any()
+    weights = features(3, 50, 4, 1, 1, seed=3)
+    found, wanted = (torch.autograd.grad((x * weights).sum(), maps)[0] for x in (pooled, expected))
+    assert torch.allclose(found, wanted, atol=1e-12)
+
+
+def test_one_bin_takes_as_many_samples_as_the_operator_on_whole_cells():
+    """A side of a whole number of cells may come out longer by a rounding, which is one sample more."""
+    maps = features(1, 2, 7, 7, dtype=torch.float32)
+    sides = [(a / 7, b / 7) for a in range(7) for b in range(a + 1, 8)]
+    boxes = torch.tensor([[(x0, y0, x1, y1) for x0, x1 in sides for y0, y1 in sides]])
+    pooled = roi_features(maps, boxes, torch.ones(1, len(sides) ** 2, dtype=torch.bool), 1)
+    expected = roi_align(maps, torch.cat((boxes[0, :, :1] * 0, boxes[0] * 7), 1), 1, 1.0, 0, True)
+    assert torch.allclose(pooled[0], expected, atol=1e-5)
 
 
 def test_published_vector_three():

@@ -143,8 +143,6 @@ def _check_level(level: Tensor | None, valid: Tensor, count: int, where: str) ->
 
 def _pool(maps: Tensor, boxes: Tensor, reads: Tensor, size: tuple[int, int], aligned: bool, ratio: int) -> Tensor:
     """All slots on one map, [B, K, C, o, o] in float32 or float64; those that do not read cost next to nothing."""
-    from torchvision.ops import roi_align  # here, since torchvision takes a second to import
-
     batch, k = reads.shape
     wide = _wide(maps)
     height, width = maps.shape[2:]
@@ -152,11 +150,44 @@ def _pool(maps: Tensor, boxes: Tensor, reads: Tensor, size: tuple[int, int], ali
     low, high = cells[..., :2], cells[..., 2:]
     # A slot that does not read keeps a box without area, for which the adaptive law takes no sample.
     high = torch.where(reads[..., None], torch.maximum(high, low + _THIN), low)
+    if size == (1, 1):  # a mean of the map's cells, so a small matrix product instead of a gather for each channel
+        both = _bin_weights(low, high, (width, height), aligned, ratio)  # [B, K, 2, max(w, h)]
+        weights = (both[..., 1, :height, None] * both[..., 0, None, :width]).flatten(2)  # [B, K, h*w]
+        with torch.autocast(maps.device.type, enabled=False):
+            return torch.bmm(weights, wide.flatten(2).mT)[..., None, None]
+
+    from torchvision.ops import roi_align  # here, since torchvision takes a second to import
+
     row = torch.arange(batch, device=maps.device, dtype=wide.dtype)[:, None, None].expand(-1, k, 1)
     rois = torch.cat((row, low, high), dim=-1).flatten(0, 1)  # [B*K, 5]
     with torch.autocast(maps.device.type, enabled=False):
         pooled: Tensor = roi_align(wide, rois, size, 1.0, ratio, aligned)
     return pooled.reshape(batch, k, *pooled.shape[1:])
+
+
+def _bin_weights(low: Tensor, high: Tensor, sides: tuple[int, int], aligned: bool, ratio: int) -> Tensor:
+    """What the cells of each axis count in the mean over a box's samples from low to high [B, K, 2]: [B, K, 2, cells].
+
+    RoIAlign's law without a loop over samples, for both axes at once; the shorter one is filled up with zeros. Up to a
+    sample p, a share clamp(t - p, 0, 1) of it belongs to the cells before t, so cell j's part is the step from j to
+    j + 1 of their sum. That sum is itself a step of the sum of max(0, t - p), an arithmetic series.
+    """
+    first, far = (low - 0.5, high - 0.5) if aligned else (low, high)
+    extent = far - first if aligned else (far - first).clamp(min=1)
+    number = extent.ceil() if ratio == 0 else torch.full_like(extent, ratio)  # of samples, as the operator rounds it
+    count = number.clamp(min=1).double()[..., None]
+    gap = extent[..., None] / count
+    first = first[..., None] + gap / 2  # the series loses a digit or two, so in float64
+
+    t = torch.arange(max(sides) + 1, dtype=count.dtype, device=low.device)
+    side = checks.on_device(sides, count)[:, None]
+    before = torch.minimum(((t - first) / gap).ceil().clamp(min=0), number[..., None])  # samples before t
+    until = (before * (t - first) - gap * before * (before - 1) / 2).diff()  # what belongs to the cells before 1, 2 ...
+    # Samples over a cell outside the map count nothing, nearer ones belong to its outermost cells.
+    left = torch.minimum(((-1 - first) / gap).ceil().clamp(min=0), number[..., None])
+    right = torch.minimum(((side - first) / gap).floor().clamp(min=-1) + 1, number[..., None])
+    steps = torch.cat((left, torch.where(t[1:] < side, until, right)), -1).diff()
+    return (steps / count).to(low.dtype)
 
 
 def fpn_level(
