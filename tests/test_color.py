@@ -43,7 +43,8 @@ def table(B, factors=(1.0, 1.0, 1.0, 0.0), order=(0, 1, 2, 3), gray=False, sigma
 def on_torch(images, spec, rows):
     """The path of devices, on the CPU."""
     radius, mean, std = spec.radius(*images.shape[2:]), spec.channels("mean"), spec.channels("std")
-    return color_ops.paint(images, *rows.columns, radius=radius, threshold=spec.threshold, mean=mean, std=std)
+    numbers = color_ops.rows_of(*rows.columns, radius=radius, mean=mean, std=std)
+    return color_ops.paint(images, numbers, radius=radius, threshold=spec.threshold)
 
 
 PATHS = pytest.mark.parametrize("run", [paint, on_torch], ids=["numba", "torch"])
@@ -182,6 +183,12 @@ def test_two_folds_never_share_a_colour():
     assert not torch.equal(pixels[0], pixels[2])
 
 
+def test_a_key_that_was_sent_away_draws_on_the_host():
+    key, images = Key(0, 0, range(8)).fold("x1"), views(8)
+    assert torch.equal(color(images, BYOL_1, key.to("meta")), color(images, BYOL_1, key))
+    assert draw_colors(BYOL_1, key.to("meta")).sigma.device.type == "meta"
+
+
 def test_a_draw_is_its_ids_own():
     key = Key(5, 1, range(50))
     whole, part = draw_colors(MOCO_V2, key), draw_colors(MOCO_V2, key[[7, 3]])
@@ -278,17 +285,18 @@ def test_bad_input(our_errors, make, message):
 @pytest.mark.parametrize("name", RECIPES)
 def test_on_a_gpu(name, monkeypatch):
     spec, key, images = RECIPES[name], Key(0, 0, range(37)), views(37, 112, 90)
-    device, there = images.cuda(), key.to("cuda")
+    device, there = images.cuda(), Key(0, 0, key.ids.cuda())  # drawn there; `key.to` would draw on the host
     torch.testing.assert_close(color(device, spec, there).cpu(), color(images, spec, key), rtol=0, atol=5e-5)
     monkeypatch.delenv("GEOAUG_CHECK")
     torch.cuda.set_sync_debug_mode("error")
     try:
         whole = color(device, spec, there)
-        from_host = color(device, spec, key)
+        from_host = [color(device, spec, key), color(device, spec, key.to("cuda"))]
         alone = [color(device[i : i + 1], spec, there[slice(i, i + 1)]) for i in range(37)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(whole, from_host)
+    assert torch.equal(whole, from_host[0])
+    assert torch.equal(whole, from_host[1])
     assert torch.equal(whole, torch.cat(alone))
     plain = color(device, ColorSpec(), there).cpu()
     assert torch.equal(plain, color(images, ColorSpec(), key))

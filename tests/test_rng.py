@@ -192,8 +192,43 @@ def test_bad_types(our_errors):
         Key(0, 0, [1]).fold(3)
 
 
+ROWS = [slice(1, 3), [2, 0], 1, torch.tensor([0, 2])]
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_a_key_sent_away_remembers_the_host(rows):
+    key = Key(7, 3, IDS)
+    away = key.to("meta")
+    assert away.ids.device.type == away.uniform("s", 9).device.type == away.words("s", 3).device.type == "meta"
+    pairs = [(away, key), (away.fold("x"), key.fold("x")), (away.at_epoch(4), key.at_epoch(4)), (away[rows], key[rows])]
+    pairs.append((away.fold("x")[rows].at_epoch(5).to("meta"), key.fold("x")[rows].at_epoch(5)))
+    for there, here in pairs:
+        assert there.ids.device.type == "meta"
+        assert torch.equal(there.host.ids, here.ids)
+        assert torch.equal(there.host.uniform("s", 9), here.uniform("s", 9))
+    assert key.host is key
+
+
+def test_rows_named_on_the_device_are_not_known_on_the_host():
+    away = Key(7, 3, IDS).to("meta")
+    some = away[torch.tensor([0, 2], device="meta")]
+    assert some.host is some
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_same_bits_on_a_gpu():
     key = Key(7, 3, IDS)
-    assert torch.equal(key.to("cuda").uniform("s", 9).cpu(), key.uniform("s", 9))
-    assert torch.equal(key.to("cuda").integers("s", 9, 77).cpu(), key.integers("s", 9, 77))
+    for there in (key.to("cuda"), Key(7, 3, key.ids.cuda())):  # drawn on the host and sent, and drawn there
+        assert torch.equal(there.uniform("s", 9).cpu(), key.uniform("s", 9))
+        assert torch.equal(there.integers("s", 9, 77).cpu(), key.integers("s", 9, 77))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_what_is_drawn_on_the_host_is_sent_without_waiting():
+    there = Key(7, 3, IDS).to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there.uniform("s", 9)
+        there.integers("s", 9, 77)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

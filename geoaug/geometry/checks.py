@@ -130,6 +130,11 @@ def on_device(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.cat([like.new_full((1,), value) for value in values])
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting: from page-locked memory, where the device has such."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def same_batch(a: Sequence[int], b: Sequence[int], where: str, argument: str) -> None:
     """Check that two batch shapes broadcast."""
     fits = all(x == y or 1 in (x, y) for x, y in zip(reversed(a), reversed(b), strict=False))

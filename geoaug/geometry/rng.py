@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from torch import Tensor
 from . import checks, kernels
 
 _LOW = 0xFFFFFFFF
+_FEW = 2**16  # words that are drawn on the host sooner than a device has launched its 140 kernels
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
@@ -90,12 +91,16 @@ class Key:
     torch.Size([3, 2])
     >>> bool((key.fold("x1").uniform("brightness", 2) == key.fold("x2").uniform("brightness", 2)).any())
     False
+
+    A key sent from the CPU to a device remembers its ids there: a few numbers are drawn on the host, the same bits, and
+    sent without waiting; on the device they would be some 140 launches.
     """
 
     seed: int
     epoch: int
     ids: Int64[Tensor, " B"]
     path: tuple[str, ...] = field(default=())
+    _host_ids: Tensor | None = field(default=None, init=False, repr=False)
 
     def __init__(self, seed: int, epoch: int, ids: checks.Numbers, path: Sequence[str] = ()) -> None:
         ids = checks.int64(ids, "Key", "ids")
@@ -104,6 +109,7 @@ class Key:
         object.__setattr__(self, "epoch", checks.index(epoch, 0, _LOW, "Key", "epoch"))
         object.__setattr__(self, "ids", ids.contiguous())
         object.__setattr__(self, "path", tuple(path))
+        object.__setattr__(self, "_host_ids", None)
 
     def fold(self, name: str) -> Key:
         """An independent key for one operator call. Folds nest, do not commute, and survive `at_epoch`."""
@@ -111,31 +117,41 @@ class Key:
             raise TypeError(f"Key.fold: name must be a string, got {name!r}")
         # "/" joins the path, so fold("a/b") would be fold("a").fold("b").
         checks.require(name != "" and "/" not in name, "Key.fold", "name", "not empty and without '/'", repr(name))
-        return self._with(self.epoch, self.ids, (*self.path, name))
+        return self._with(path=(*self.path, name))
 
-    def _with(self, epoch: int, ids: Tensor, path: tuple[str, ...]) -> Key:
-        """A key of parts that are known to be right: checking them again would cost more than most draws."""
+    def _with(self, **parts: Any) -> Key:
+        """A key with parts that are known to be right: checking them again would cost more than most draws."""
         key = object.__new__(Key)
-        for name, value in (("seed", self.seed), ("epoch", epoch), ("ids", ids), ("path", path)):
-            object.__setattr__(key, name, value)
+        for name in ("seed", "epoch", "ids", "path", "_host_ids"):
+            object.__setattr__(key, name, parts.get(name, getattr(self, name)))
         return key
 
     def at_epoch(self, epoch: int) -> Key:
         """The same key in another epoch."""
-        return replace(self, epoch=epoch)
+        return self._with(epoch=checks.index(epoch, 0, _LOW, "Key", "epoch"))
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Key:
         """The same key with its ids, and so its draws, on another device."""
-        return replace(self, ids=self.ids.to(device, non_blocking=non_blocking))
+        ids = self.ids.to(device, non_blocking=non_blocking)
+        near = self.ids if self.ids.device.type == "cpu" else self._host_ids
+        return self._with(ids=ids, _host_ids=None if ids.device.type == "cpu" else near)
+
+    @property
+    def host(self) -> Key:
+        """The same key on the CPU if its ids came from there, else this one."""
+        return self if self._host_ids is None else self._with(ids=self._host_ids, _host_ids=None)
 
     def __getitem__(self, rows: SupportsIndex | slice | Sequence[int] | Tensor) -> Key:
         """The key of some rows; one row keeps its axis, [1]."""
         row = checks.row_of(rows, len(self), "Key")
         if row is not None:
             rows = slice(row, row + 1)
+        near = self._host_ids
         if isinstance(rows, slice):
-            return self._with(self.epoch, self.ids[rows].contiguous(), self.path)
-        return replace(self, ids=self.ids[rows])
+            return self._with(ids=self.ids[rows].contiguous(), _host_ids=None if near is None else near[rows])
+        key = replace(self, ids=self.ids[rows])
+        known = near is not None and not (isinstance(rows, Tensor) and rows.device.type != "cpu")
+        return key._with(_host_ids=near[rows] if known and near is not None else None)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -154,6 +170,8 @@ class Key:
             out = np.empty((len(self), 4 * blocks), dtype=np.uint32)
             kernels.fill_words(self.ids.numpy(), tag, self.seed, self.epoch, start, out)
             return torch.from_numpy(out.astype(np.int64))
+        if self._host_ids is not None and 4 * blocks * len(self) <= _FEW:
+            return checks.sent(self.host.words(stream, blocks, start=start), self.ids.device)
         return words_torch(self.ids, tag, start, blocks, self.seed, self.epoch)
 
     def uniform(self, stream: str, n: int) -> Float32[Tensor, "B n"]:
@@ -167,6 +185,8 @@ class Key:
             out = np.empty((len(self), n), dtype=np.float32)
             kernels.fill_unit(self.ids.numpy(), self.tag(stream), self.seed, self.epoch, out)
             return torch.from_numpy(out)
+        if self._host_ids is not None and n * len(self) <= _FEW:
+            return checks.sent(self.host.uniform(stream, n), self.ids.device)
         return unit(self.words(stream, (n + 3) // 4)[:, :n])
 
     def integers(self, stream: str, n: int, high: int | Tensor) -> Int64[Tensor, "B n"]:

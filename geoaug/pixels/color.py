@@ -114,7 +114,8 @@ def color(
 ) -> Float32[Tensor, "B 3 h w"]:
     """Colour views, uint8 or floats in [0, 1], by a recipe, each by its own draw; no gradient flows through.
 
-    Give every call of a step its own fold. A key on the CPU is the cheapest for images on any device.
+    Give every call of a step its own fold. A key on the CPU, or one sent from there, draws on the host, which is the
+    cheapest for images on any device.
 
     >>> views = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
     >>> color(views, ColorSpec.BYOL_1, Key(0, 0, [7, 8]).fold("x1")).shape
@@ -123,7 +124,7 @@ def color(
     _check(images, spec, "color")
     checks.require(isinstance(key, Key), "color", "key", "a Key", checks.shape_of(key))
     checks.require(len(key) == len(images), "color", "key", f"of the {len(images)} images", f"one of {len(key)} ids")
-    return _paint(images.detach(), spec, draw_colors(spec, key))
+    return _paint(images.detach(), spec, draw_colors(spec, key.host))
 
 
 def paint(
@@ -155,10 +156,14 @@ def _check(images: Tensor, spec: ColorSpec, where: str) -> None:
 
 def _paint(images: Tensor, spec: ColorSpec, table: ColorTable) -> Tensor:
     radius = spec.radius(*images.shape[2:]) if images.numel() else 0
-    table = table.to(images.device, non_blocking=images.device.type != "cpu")
-    run = _paint_cpu if images.device.type == "cpu" else color_ops.paint
     mean, std = spec.channels("mean"), spec.channels("std")
-    return run(images, *table.columns, radius=radius, threshold=spec.threshold, mean=mean, std=std)
+    if images.device.type == "cpu":
+        columns = table.to("cpu").columns
+        return _paint_cpu(images, *columns, radius=radius, threshold=spec.threshold, mean=mean, std=std)
+    rows = color_ops.rows_of(*table.columns, radius=radius, mean=mean, std=std)
+    if rows.device != images.device:
+        rows = checks.sent(rows, images.device) if rows.device.type == "cpu" else rows.to(images.device)
+    return color_ops.paint(images, rows, radius=radius, threshold=spec.threshold)
 
 
 def _paint_cpu(
