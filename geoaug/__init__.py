@@ -14,6 +14,7 @@ from .loading.decode import ReadError, read_image
 from .loading.folder import LoadError
 from .loading.opening import open_loader
 from .objectives import losses, metrics
+from .objectives.cell_weights import roi_weights
 from .objectives.readout import fpn_level, roi_features, sample_points
 from .pixels.color import color
 from .pixels.color_spec import ColorSpec
@@ -85,6 +86,7 @@ __all__ = [
     "render",
     "render_batch",
     "roi_features",
+    "roi_weights",
     "sample_id",
     "sample_ids",
     "sample_points",

@@ -78,6 +78,8 @@ def cases(device):
         "choose": lambda: geoaug.select.choose(box, there, 5, [a, b], list(sizes), key=key),
         "sample_points": lambda: geoaug.sample_points(maps, points),
         "roi_features": lambda: geoaug.roi_features(maps, box, there, 7),
+        "roi_features, one bin": lambda: geoaug.roi_features(maps, box, there, 1),
+        "roi_weights": lambda: geoaug.roi_weights(box, (5, 7)),
         "roi_features, levels": lambda: geoaug.roi_features([maps, maps], box, there, 7, level=level),
         "fpn_level": lambda: geoaug.fpn_level(box, 224),
         "regression": lambda: geoaug.losses.regression(box, box),

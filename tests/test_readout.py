@@ -6,6 +6,7 @@ from torch.nn import functional
 from torchvision.ops import roi_align
 
 from geoaug import grids
+from geoaug.objectives.cell_weights import roi_weights
 from geoaug.objectives.readout import fpn_level, roi_features, sample_points
 
 H, W = 5, 7
@@ -119,6 +120,30 @@ def test_one_bin_reads_and_teaches_as_the_operator_does(aligned, ratio, low, hig
     weights = features(3, 50, 4, 1, 1, seed=3)
     found, wanted = (torch.autograd.grad((x * weights).sum(), maps)[0] for x in (pooled, expected))
     assert torch.allclose(found, wanted, atol=1e-12)
+
+
+def test_one_bin_of_a_level_that_a_box_does_not_read():
+    """Its corners on cell centres of that level, where a box without samples must not become 0 / 0."""
+    maps = [features(1, 2, 7, 7, seed=s).requires_grad_() for s in (0, 1)]
+    boxes, valid = torch.tensor([[[1.5, 2.5, 4.5, 3.5]]], dtype=torch.float64) / 7, torch.ones(1, 1, dtype=torch.bool)
+    pooled = roi_features(maps, boxes, valid, 1, level=torch.ones(1, 1, dtype=torch.int64))
+    assert torch.equal(pooled, roi_features(maps[1], boxes, valid, 1))
+    pooled.sum().backward()
+    assert not maps[0].grad.any()
+    assert maps[1].grad.sum() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("ratio", [0, 3])
+def test_weights_of_cells_are_what_one_bin_reads(aligned, ratio):
+    maps, boxes = features(3, 4, H, W), some_boxes(3, 20)
+    boxes[0, 0, 2:] = boxes[0, 0, :2]  # a point
+    weights = roi_weights(boxes, (H, W), aligned=aligned, sampling_ratio=ratio)
+    read = roi_features(maps, boxes, torch.ones(3, 20).bool(), 1, aligned=aligned, sampling_ratio=ratio)
+    assert torch.allclose(weights @ maps.flatten(2).mT, read.flatten(2))
+    inside = roi_weights(some_boxes(3, 20, low=0, high=1, dtype=torch.float32), (H, W), sampling_ratio=ratio)
+    assert inside.dtype == torch.float32
+    assert torch.allclose(inside.sum(-1), torch.ones(3, 20), atol=1e-6)
 
 
 def test_one_bin_takes_as_many_samples_as_the_operator_on_whole_cells():
@@ -269,6 +294,10 @@ def test_bad_input_is_named():
         (lambda: roi_features(maps, boxes, valid, 0), "roi_features: output_size must be"),
         (lambda: roi_features(maps, boxes, valid, 2, sampling_ratio=-1), "roi_features: sampling_ratio must be"),
         (lambda: roi_features([maps, maps], boxes, valid, 2), "roi_features: level must be"),
+        (lambda: roi_weights(boxes[0], 7), "roi_weights: boxes must be floating unit boxes"),
+        (lambda: roi_weights(boxes.flip(-1), 7), "roi_weights: boxes must be boxes with x0 <= x1"),
+        (lambda: roi_weights(boxes, (0, 7)), "roi_weights: size must be"),
+        (lambda: roi_weights(boxes, 7, sampling_ratio=-1), "roi_weights: sampling_ratio must be"),
         (lambda: roi_features(maps, boxes, valid, 2, level=level), "roi_features: level must be"),
         (lambda: roi_features([maps, maps], boxes, valid, 2, level=level + 2), "roi_features: level must be"),
         (lambda: roi_features([maps, maps[:, :2]], boxes, valid, 2, level=level), "roi_features: features must be"),

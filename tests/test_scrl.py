@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,7 @@ def test_the_loss_is_equation_three_box_by_box(aligned, batches):  # noqa: F811
     valid = pairs.valid.clone()
     valid[1] = False
     valid[2, 1] = False
-    pairs = scrl.Pairs(pairs.in_v1, pairs.in_v2, valid)
+    pairs = replace(pairs, valid=valid)
     model.eval().double()
     key, colors = batch.key, scrl.recipe(model.config).colors
     views = [geoaug.color(batch.images[v], colors[v], key.fold(f"v{v + 1}")).double() for v in (0, 1)]
@@ -221,9 +222,9 @@ def test_means_over_boxes_and_over_images(batches):  # noqa: F811
             for row in (0, 1):
                 rows = valid & (torch.arange(8) == row)[:, None]
                 mine = torch.tensor(float(rows.sum()))
-                pair = scrl.Pairs(pairs.in_v1, pairs.in_v2, rows)
+                pair = replace(pairs, valid=rows)
                 each[row] = model(batch, pair, mine if mean == "boxes" else torch.tensor(1.0))[0].item()
-            values[mean] = model(batch, scrl.Pairs(pairs.in_v1, pairs.in_v2, valid), count)[0].item()
+            values[mean] = model(batch, replace(pairs, valid=valid), count)[0].item()
     assert values["boxes"] == pytest.approx((each[0] + 4 * each[1]) / 5, rel=1e-3)
     assert values["images"] == pytest.approx((each[0] + each[1]) / 2, rel=1e-3)
     assert values["boxes"] != pytest.approx(values["images"], rel=1e-3)

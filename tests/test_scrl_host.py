@@ -22,7 +22,7 @@ def test_boxes_are_drawn_where_the_plan_was_made(jitter, batches, our_errors):  
     assert moved.host == (batch.plan, batch.key)
     there = scrl.find_pairs(replace(moved, plan=None, key=None), config)
     parts = [scrl.find_pairs(replace(part, plan=None, key=None), config) for part in moved.split(2)]
-    for name in ("in_v1", "in_v2", "valid"):
+    for name in ("in_v1", "in_v2", "reads_v1", "reads_v2", "valid"):
         assert torch.equal(getattr(there, name), getattr(here, name))
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(here, name))
 
@@ -38,5 +38,5 @@ def test_the_same_pairs_on_a_gpu_without_synchronising(jitter, batches, monkeypa
         there = scrl.find_pairs(moved, config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for name in ("in_v1", "in_v2", "valid"):
+    for name in ("in_v1", "in_v2", "reads_v1", "reads_v2", "valid"):
         assert torch.equal(getattr(there, name).cpu(), getattr(here, name))

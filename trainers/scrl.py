@@ -99,10 +99,15 @@ def recipe(config: Config) -> geoaug.recipes.Recipe:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Where the K matched boxes of each image lie: in v1 and v2 [B, K, 4], unit coordinates."""
+    """The K matched boxes of each image in v1 and v2 [B, K, 4], unit coordinates, and what they read of C5.
+
+    That is what each of its cells counts in a box's RoIAlign [B, K, cells]; drawn once, it serves both networks.
+    """
 
     in_v1: Tensor
     in_v2: Tensor
+    reads_v1: Tensor
+    reads_v2: Tensor
     valid: Tensor  # [B, K]
 
     def split(self, parts: int) -> list[Pairs]:
@@ -115,7 +120,7 @@ class Pairs:
 def find_pairs(batch: geoaug.Batch, config: Config) -> Pairs:
     """Draw all boxes of the batch (section 3.1); geometry alone, so their number is known before the first forward.
 
-    Where the plan was made, and then sent to the device: there, the draws alone are some hundred launches.
+    Where the plan was made, and then sent to the device as one tensor: there, it would be some hundred launches.
     """
     plan, key = batch.host or (batch.plan, batch.key)
     v1, v2 = (plan.view_from_source[:, v] for v in (0, 1))
@@ -133,11 +138,14 @@ def find_pairs(batch: geoaug.Batch, config: Config) -> Pairs:
     elif config.jitter > 0:
         scale = (1 - config.jitter, 1 + config.jitter)
         in_v2 = geoaug.jitter_boxes(in_v2, key=key.fold("jitter"), law="free", scale=scale, shift=config.jitter)
-    both = box_algebra.clip(torch.stack((in_v1, in_v2)))
-    if both.device != batch.ok.device:  # page-locked, so that nothing waits for the copy
-        both, valid = (x.pin_memory().to(batch.ok.device, non_blocking=True) for x in (both, valid))
-    valid = valid & batch.ok[:, None]
-    return Pairs(*(filled(boxes, valid) for boxes in both), valid)
+    both = filled(box_algebra.clip(torch.cat((in_v1, in_v2))), valid.repeat(2, 1))  # [2 B, K, 4]
+    cells = config.size // common.stride(config.arch, "c5")
+    reads = geoaug.roi_weights(both, cells, aligned=config.aligned == "on")
+    drawn = torch.cat((*both.chunk(2), *reads.chunk(2), valid[..., None]), dim=-1)
+    if drawn.device != batch.ok.device:  # page-locked, so that nothing waits for the copy
+        drawn = drawn.pin_memory().to(batch.ok.device, non_blocking=True)
+    *columns, valid = drawn.split((4, 4, cells**2, cells**2, 1), dim=-1)
+    return Pairs(*columns, valid=(valid[..., 0] > 0) & batch.ok[:, None])
 
 
 def filled(boxes: Tensor, valid: Tensor) -> Tensor:
@@ -155,14 +163,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.trunk = common.make_trunk(config.arch, config.init)
         self.projector = common.byol_head(self.trunk.channels["c5"], config.hidden, config.dim)
-        self.aligned = config.aligned == "on"
 
-    def forward(self, images: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors of the boxes [B, K, 4] of images [B, 3, h, w], and features of the whole images."""
+    def forward(self, images: Tensor, reads: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors of the boxes that read [B, K, cells] of images [B, 3, h, w], and features of the whole images."""
         c5 = self.trunk(images)  # [B, C, h/32, w/32]
-        every = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
-        cells = geoaug.roi_features(c5, boxes, every, 1, aligned=self.aligned)  # [B, K, C, 1, 1]
-        return self.projector(cells.flatten(0, 1).flatten(1)).view(*boxes.shape[:2], -1), c5.mean((2, 3))
+        with torch.autocast(c5.device.type, enabled=False):
+            vectors = reads @ c5.float().flatten(2).mT  # [B, K, C]
+        return self.projector(vectors.flatten(0, 1)).view(*reads.shape[:2], -1), c5.mean((2, 3))
 
 
 class Model(nn.Module):
@@ -176,20 +183,20 @@ class Model(nn.Module):
         self.teacher = common.target_of(self.student, lambda: Encoder(config), config.target)
         self.monitor = common.Monitor(self.student.trunk.channels["c5"], classes) if classes else None
 
-    def online(self, images: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def online(self, images: Tensor, reads: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions [B, K, D] and features [B, C]."""
-        z, features = self.student(images, boxes)
+        z, features = self.student(images, reads)
         return self.predictor(z.flatten(0, 1)).view_as(z), features
 
     def forward(self, batch: geoaug.Batch, pairs: Pairs, count: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Eq. 3; `count` is the step's number of boxes, or of images with any, over all ranks."""
         config, colors = self.config, recipe(self.config).colors
-        boxes = [pairs.in_v1, pairs.in_v2]
+        reads = [pairs.reads_v1, pairs.reads_v2]
         with torch.no_grad():
             x = [geoaug.color(batch.images[v], colors[v], batch.key.fold(f"v{v + 1}")) for v in (0, 1)]
             shuffle = batch.key.fold("z") if config.norm == "shuffle" else None
-            (z1, _), (z2, _) = common.of_views(self.teacher, config.forward, x, boxes, shuffle=shuffle)
-        (p1, f1), (p2, f2) = common.of_views(self.online, config.forward, x, boxes)
+            (z1, _), (z2, _) = common.of_views(self.teacher, config.forward, x, reads, shuffle=shuffle)
+        (p1, f1), (p2, f2) = common.of_views(self.online, config.forward, x, reads)
         each = common.both_ways(p1, p2, z1, z2)  # [B, K]
         log = {
             "spread": common.spread(p1),

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..geometry import checks
+from .cell_weights import THIN, cell_weights, in_cells
 
-# A box without area would be given no sample at all and read 0; this share of a cell reads its point or line instead.
-_THIN = 1e-4
 # Float32 coordinates of a side of exactly an edge may come out a few millionths longer.
 _EDGE = 1e-5
 
@@ -146,13 +145,11 @@ def _pool(maps: Tensor, boxes: Tensor, reads: Tensor, size: tuple[int, int], ali
     batch, k = reads.shape
     wide = _wide(maps)
     height, width = maps.shape[2:]
-    cells = boxes.to(wide.dtype) * checks.on_device((width, height, width, height), wide)
-    low, high = cells[..., :2], cells[..., 2:]
+    low, high = in_cells(boxes.to(wide.dtype), height, width)
     # A slot that does not read keeps a box without area, for which the adaptive law takes no sample.
-    high = torch.where(reads[..., None], torch.maximum(high, low + _THIN), low)
+    high = torch.where(reads[..., None], torch.maximum(high, low + THIN), low)
     if size == (1, 1):  # a mean of the map's cells, so a small matrix product instead of a gather for each channel
-        both = _bin_weights(low, high, (width, height), aligned, ratio)  # [B, K, 2, max(w, h)]
-        weights = (both[..., 1, :height, None] * both[..., 0, None, :width]).flatten(2)  # [B, K, h*w]
+        weights = cell_weights(low, high, (height, width), aligned, ratio)
         with torch.autocast(maps.device.type, enabled=False):
             return torch.bmm(weights, wide.flatten(2).mT)[..., None, None]
 
@@ -163,31 +160,6 @@ def _pool(maps: Tensor, boxes: Tensor, reads: Tensor, size: tuple[int, int], ali
     with torch.autocast(maps.device.type, enabled=False):
         pooled: Tensor = roi_align(wide, rois, size, 1.0, ratio, aligned)
     return pooled.reshape(batch, k, *pooled.shape[1:])
-
-
-def _bin_weights(low: Tensor, high: Tensor, sides: tuple[int, int], aligned: bool, ratio: int) -> Tensor:
-    """What the cells of each axis count in the mean over a box's samples from low to high [B, K, 2]: [B, K, 2, cells].
-
-    RoIAlign's law without a loop over samples, for both axes at once; the shorter one is filled up with zeros. Up to a
-    sample p, a share clamp(t - p, 0, 1) of it belongs to the cells before t, so cell j's part is the step from j to
-    j + 1 of their sum. That sum is itself a step of the sum of max(0, t - p), an arithmetic series.
-    """
-    first, far = (low - 0.5, high - 0.5) if aligned else (low, high)
-    extent = far - first if aligned else (far - first).clamp(min=1)
-    number = extent.ceil() if ratio == 0 else torch.full_like(extent, ratio)  # of samples, as the operator rounds it
-    count = number.clamp(min=1).double()[..., None]
-    gap = extent[..., None] / count
-    first = first[..., None] + gap / 2  # the series loses a digit or two, so in float64
-
-    t = torch.arange(max(sides) + 1, dtype=count.dtype, device=low.device)
-    side = checks.on_device(sides, count)[:, None]
-    before = torch.minimum(((t - first) / gap).ceil().clamp(min=0), number[..., None])  # samples before t
-    until = (before * (t - first) - gap * before * (before - 1) / 2).diff()  # what belongs to the cells before 1, 2 ...
-    # Samples over a cell outside the map count nothing, nearer ones belong to its outermost cells.
-    left = torch.minimum(((-1 - first) / gap).ceil().clamp(min=0), number[..., None])
-    right = torch.minimum(((side - first) / gap).floor().clamp(min=-1) + 1, number[..., None])
-    steps = torch.cat((left, torch.where(t[1:] < side, until, right)), -1).diff()
-    return (steps / count).to(low.dtype)
 
 
 def fpn_level(
