@@ -285,13 +285,14 @@ def test_bad_input(our_errors, make, message):
 @pytest.mark.parametrize("name", RECIPES)
 def test_on_a_gpu(name, monkeypatch):
     spec, key, images = RECIPES[name], Key(0, 0, range(37)), views(37, 112, 90)
-    device, there = images.cuda(), Key(0, 0, key.ids.cuda())  # drawn there; `key.to` would draw on the host
+    device, sent = images.cuda(), key.to("cuda")  # which draws on the host
+    there = Key(0, 0, key.ids.cuda())
     torch.testing.assert_close(color(device, spec, there).cpu(), color(images, spec, key), rtol=0, atol=5e-5)
     monkeypatch.delenv("GEOAUG_CHECK")
     torch.cuda.set_sync_debug_mode("error")
     try:
         whole = color(device, spec, there)
-        from_host = [color(device, spec, key), color(device, spec, key.to("cuda"))]
+        from_host = [color(device, spec, key), color(device, spec, sent)]
         alone = [color(device[i : i + 1], spec, there[slice(i, i + 1)]) for i in range(37)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
