@@ -123,7 +123,8 @@ def find_pairs(batch: geoaug.Batch, config: Config) -> Pairs:
     Where the plan was made, and then sent to the device as one tensor: there, it would be some hundred launches.
     """
     plan, key = batch.host or (batch.plan, batch.key)
-    v1, v2 = (plan.view_from_source[:, v] for v in (0, 1))
+    maps = plan.view_from_source
+    v1, v2 = maps[:, 0], maps[:, 1]
 
     def draw(name: str) -> tuple[Tensor, Tensor, Tensor]:
         return geoaug.matched_boxes(
