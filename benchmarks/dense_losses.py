@@ -41,7 +41,7 @@ def _with_counts(batch: Batch, points: torch.Tensor, valid: torch.Tensor) -> tup
     return points, valid, torch.cat((batch.ok.sum()[None], valid.any(2).sum(1))).float(), 0.0
 
 
-def step_of(
+def steps_of(
     trainer: ModuleType, config: Any, batch: Batch, inputs: Callable[[Batch, Any], tuple[Any, ...]], count: int
 ) -> Callable[[], None]:
     """So many whole steps of a trainer on the batch, as its loop does them."""
@@ -88,8 +88,8 @@ def measure(paper: str, args: argparse.Namespace, device: torch.device) -> dict[
     ours, theirs = trainer.Config(**shape).filled(), byol.Config(**shape, **passes)
     batch = views(trainer, ours, device)
     steps = {
-        paper: step_of(trainer, ours, batch, inputs, args.steps),
-        "byol": step_of(byol, theirs, batch, lambda batch, _: (batch.ok.sum().float(),), args.steps),
+        paper: steps_of(trainer, ours, batch, inputs, args.steps),
+        "byol": steps_of(byol, theirs, batch, lambda batch, _: (batch.ok.sum().float(),), args.steps),
     }
     return {name: [x / args.steps for x in taken] for name, taken in alternate(steps, args.runs).items()}
 

@@ -122,6 +122,33 @@ def test_one_bin_reads_and_teaches_as_the_operator_does(aligned, ratio, low, hig
     assert torch.allclose(found, wanted, atol=1e-12)
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_samples_on_the_last_place_that_counts(aligned):
+    """A sample one cell before the first centre's cell, or at the far edge, still belongs to the outermost cells."""
+    maps, shift = features(1, 2, 8, 8), 0.5 if aligned else 0.0
+    cells = torch.tensor([[-2.0, 2, 0, 4], [-2.5, 2, 0, 4], [7, 2, 9, 4], [7.5, 2, 9, 4]], dtype=torch.float64) + shift
+    pooled = roi_features(
+        maps, cells[None] / 8, torch.ones(1, 4, dtype=torch.bool), 1, aligned=aligned, sampling_ratio=1
+    )
+    expected = roi_align(maps, torch.cat((torch.zeros(4, 1), cells), 1), 1, 1.0, 1, aligned)
+    assert torch.allclose(pooled[0], expected, atol=1e-12)
+    assert [bool(x.any()) for x in pooled[0]] == [True, False, True, False]
+
+
+def test_weights_of_a_large_map_keep_float32s_digits():
+    boxes = some_boxes(1, 200, low=0, high=1, dtype=torch.float32)
+    wide = roi_weights(boxes.double(), (200, 300))
+    assert torch.allclose(roi_weights(boxes, (200, 300)).double(), wide, atol=2e-6)
+
+
+def test_no_gradient_reaches_the_boxes():
+    boxes = some_boxes(1, 3).requires_grad_()
+    for output in (1, 2):
+        maps = features(1, 2, H, W).requires_grad_()
+        roi_features(maps, boxes, torch.ones(1, 3, dtype=torch.bool), output).sum().backward()
+    assert boxes.grad is None or not boxes.grad.any()
+
+
 def test_one_bin_of_a_level_that_a_box_does_not_read():
     """Its corners on cell centres of that level, where a box without samples must not become 0 / 0."""
     maps = [features(1, 2, 7, 7, seed=s).requires_grad_() for s in (0, 1)]

@@ -7,6 +7,7 @@ from scipy import stats
 
 from geoaug import Key
 from geoaug.geometry import kernels
+from geoaug.geometry import rng as module
 from geoaug.geometry.rng import philox_numpy, philox_torch, words_torch
 
 from . import reference
@@ -192,7 +193,7 @@ def test_bad_types(our_errors):
         Key(0, 0, [1]).fold(3)
 
 
-ROWS = [slice(1, 3), [2, 0], 1, torch.tensor([0, 2])]
+ROWS = [slice(1, 3), slice(None, None, 2), [2, 0], 1, torch.tensor([0, 2])]
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
@@ -205,8 +206,35 @@ def test_a_key_sent_away_remembers_the_host(rows):
     for there, here in pairs:
         assert there.ids.device.type == "meta"
         assert torch.equal(there.host.ids, here.ids)
+        assert there.host.ids.is_contiguous()  # else numba would compile its kernels again
         assert torch.equal(there.host.uniform("s", 9), here.uniform("s", 9))
     assert key.host is key
+
+
+def test_few_numbers_are_drawn_on_the_host_and_sent_and_many_where_the_key_is(monkeypatch):
+    def drawn_there(*arguments):
+        raise RuntimeError("drawn on the device")
+
+    key = Key(7, 3, IDS).fold("x")
+    away, most = key.to("meta"), module._FEW // len(IDS)
+    monkeypatch.setattr(module.checks, "sent", lambda x, device: x)
+    monkeypatch.setattr(module, "words_torch", drawn_there)
+    assert torch.equal(away.uniform("s", 9), key.uniform("s", 9))
+    assert torch.equal(away.words("s", 5, start=2), key.words("s", 5, start=2))
+    assert torch.equal(away.integers("s", 9, 77), key.integers("s", 9, 77))
+    assert torch.equal(away.uniform("s", most), key.uniform("s", most))
+    for many in (lambda: away.uniform("s", most + 1), lambda: away.words("s", most // 4 + 1)):
+        with pytest.raises(RuntimeError, match="drawn on the device"):
+            many()
+    with pytest.raises(RuntimeError, match="drawn on the device"):  # a key that was made there
+        Key(7, 3, torch.empty(3, dtype=torch.int64, device="meta")).uniform("s", 9)
+
+
+def test_a_key_comes_back_without_asking_the_device():
+    key = Key(7, 3, IDS)
+    back = key.to("meta").fold("x").to("cpu")  # whose ids cannot be copied from there
+    assert torch.equal(back.uniform("s", 9), key.fold("x").uniform("s", 9))
+    assert back.host is back
 
 
 def test_rows_named_on_the_device_are_not_known_on_the_host():

@@ -179,10 +179,10 @@ class Model(nn.Module):
     @torch.no_grad()
     def colored(self, batch: geoaug.Batch) -> list[Tensor]:
         """Whole image and crop, each by a draw of its own."""
-        colors = recipe(self.config).colors
-        whole, crop = (draw_colors(spec, batch.key.fold(f"v{v + 1}")) for v, spec in enumerate(colors))
+        colors, key = recipe(self.config).colors, batch.key.host
+        whole, crop = (draw_colors(spec, key.fold(f"v{v + 1}")) for v, spec in enumerate(colors))
         if self.config.swap_colors == "on":
-            swap = batch.key.fold("swap").uniform("swap", 1)[:, 0] < 0.5
+            swap = key.fold("swap").uniform("swap", 1)[:, 0] < 0.5
             whole, crop = exchanged(whole, crop, swap), exchanged(crop, whole, swap)
         return [paint(batch.images[v], colors[v], table) for v, table in enumerate((whole, crop))]
 

@@ -150,7 +150,7 @@ def find_pairs(batch: geoaug.Batch, config: Config) -> Pairs:
 
 
 def filled(boxes: Tensor, valid: Tensor) -> Tensor:
-    """Masked slots read their image's first box, or without one the whole view: batch norm sees no zeros."""
+    """Slots without a box read their image's first one, or the whole view: batch norm sees no zeros."""
     first = valid.int().argmax(1)[:, None, None].expand(-1, 1, 4)
     whole = torch.cat((torch.zeros_like(boxes[:, :1, :2]), torch.ones_like(boxes[:, :1, 2:])), -1)
     instead = torch.where(valid.any(1)[:, None, None], boxes.gather(1, first), whole)  # [B, 1, 4]
@@ -168,8 +168,9 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor, reads: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors of the boxes that read [B, K, cells] of images [B, 3, h, w], and features of the whole images."""
         c5 = self.trunk(images)  # [B, C, h/32, w/32]
+        wide = c5 if c5.dtype == torch.float64 else c5.float()
         with torch.autocast(c5.device.type, enabled=False):
-            vectors = reads @ c5.float().flatten(2).mT  # [B, K, C]
+            vectors = reads.to(wide.dtype) @ wide.flatten(2).mT  # [B, K, C]
         return self.projector(vectors.flatten(0, 1)).view(*reads.shape[:2], -1), c5.mean((2, 3))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, SupportsIndex
+from typing import Any, ClassVar, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +100,7 @@ class Key:
     epoch: int
     ids: Int64[Tensor, " B"]
     path: tuple[str, ...] = field(default=())
-    _host_ids: Tensor | None = field(default=None, init=False, repr=False)
+    _host_ids: ClassVar[Tensor | None] = None  # no field: a key made anew knows of no host
 
     def __init__(self, seed: int, epoch: int, ids: checks.Numbers, path: Sequence[str] = ()) -> None:
         ids = checks.int64(ids, "Key", "ids")
@@ -109,7 +109,6 @@ class Key:
         object.__setattr__(self, "epoch", checks.index(epoch, 0, _LOW, "Key", "epoch"))
         object.__setattr__(self, "ids", ids.contiguous())
         object.__setattr__(self, "path", tuple(path))
-        object.__setattr__(self, "_host_ids", None)
 
     def fold(self, name: str) -> Key:
         """An independent key for one operator call. Folds nest, do not commute, and survive `at_epoch`."""
@@ -132,9 +131,10 @@ class Key:
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Key:
         """The same key with its ids, and so its draws, on another device."""
-        ids = self.ids.to(device, non_blocking=non_blocking)
+        if torch.device(device).type == "cpu":
+            return self.host if self._host_ids is not None else self._with(ids=self.ids.to(device))
         near = self.ids if self.ids.device.type == "cpu" else self._host_ids
-        return self._with(ids=ids, _host_ids=None if ids.device.type == "cpu" else near)
+        return self._with(ids=self.ids.to(device, non_blocking=non_blocking), _host_ids=near)
 
     @property
     def host(self) -> Key:
@@ -148,10 +148,11 @@ class Key:
             rows = slice(row, row + 1)
         near = self._host_ids
         if isinstance(rows, slice):
-            return self._with(ids=self.ids[rows].contiguous(), _host_ids=None if near is None else near[rows])
-        key = replace(self, ids=self.ids[rows])
-        known = near is not None and not (isinstance(rows, Tensor) and rows.device.type != "cpu")
-        return key._with(_host_ids=near[rows] if known and near is not None else None)
+            near = None if near is None else near[rows].contiguous()
+            return self._with(ids=self.ids[rows].contiguous(), _host_ids=near)
+        if near is not None:  # rows named on the device are not known here
+            near = None if isinstance(rows, Tensor) and rows.device.type != "cpu" else near[rows]
+        return replace(self, ids=self.ids[rows])._with(_host_ids=near)
 
     def __len__(self) -> int:
         return len(self.ids)

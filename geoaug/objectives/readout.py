@@ -90,7 +90,9 @@ def roi_features(
 
     With a list of maps, as a feature pyramid gives, `level` [B, K] names the map each slot reads. `sampling_ratio` 0
     takes as many samples per bin as it spans cells. `aligned=False` is the older law, half a cell off, for comparison.
-    Every slot is pooled, so shapes never depend on values, and a batch without any valid slot stays in the graph.
+    Every slot is pooled, so shapes never depend on values, and a batch without any valid slot stays in the graph. One
+    cell is a matrix product over the whole map: there, a NaN anywhere in a map reaches all its boxes. No gradient
+    reaches the boxes.
 
     >>> c4 = torch.rand(2, 1024, 14, 14)
     >>> boxes = torch.tensor([0.1, 0.2, 0.6, 0.9]).expand(2, 4, 4)
@@ -141,15 +143,15 @@ def _check_level(level: Tensor | None, valid: Tensor, count: int, where: str) ->
 
 
 def _pool(maps: Tensor, boxes: Tensor, reads: Tensor, size: tuple[int, int], aligned: bool, ratio: int) -> Tensor:
-    """All slots on one map, [B, K, C, o, o] in float32 or float64; those that do not read cost next to nothing."""
+    """All slots on one map, [B, K, C, o, o] in float32 or float64."""
     batch, k = reads.shape
     wide = _wide(maps)
     height, width = maps.shape[2:]
     low, high = in_cells(boxes.to(wide.dtype), height, width)
-    # A slot that does not read keeps a box without area, for which the adaptive law takes no sample.
+    # A slot that does not read keeps a box without area: the adaptive law takes no sample, the operator no time.
     high = torch.where(reads[..., None], torch.maximum(high, low + THIN), low)
     if size == (1, 1):  # a mean of the map's cells, so a small matrix product instead of a gather for each channel
-        weights = cell_weights(low, high, (height, width), aligned, ratio)
+        weights = cell_weights(low, high, (height, width), aligned, ratio).detach()  # as the operator does
         with torch.autocast(maps.device.type, enabled=False):
             return torch.bmm(weights, wide.flatten(2).mT)[..., None, None]
 

@@ -86,7 +86,7 @@ def draw_colors(spec: ColorSpec, key: Key) -> ColorTable:
     >>> draw_colors(ColorSpec.BYOL_1, Key(0, 0, [7, 8, 9])).factors.shape
     torch.Size([3, 4])
     """
-    u = key.uniform("color", 16)  # one stream, because each is some 150 launches on a device
+    u = key.uniform("color", 16)  # one stream, because each is some 140 launches on a device that draws it
     # Every operation below is exactly rounded, so that a number's bits never depend on its place in a vector.
     jittered = (u[:, :4] if spec.each else u[:, :1].expand(-1, 4)) < spec.jitter
     strengths = (spec.brightness, spec.contrast, spec.saturation)
