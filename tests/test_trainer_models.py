@@ -9,6 +9,7 @@ from torch import nn
 
 import geoaug
 from geoaug import Key
+from trainers import d3ssl
 
 from .test_trainers import BIG, MODELS, _one_thread, batches, config_of, model_and_inputs, scenes  # noqa: F401  fixtures
 
