@@ -19,9 +19,12 @@ def test_boxes_are_drawn_where_the_plan_was_made(jitter, batches, our_errors):  
     here = scrl.find_pairs(batch, config)
     assert here.valid.any()
     moved = batch.to("cpu")
-    assert moved.host == (batch.plan, batch.key)
-    there = scrl.find_pairs(replace(moved, plan=None, key=None), config)
-    parts = [scrl.find_pairs(replace(part, plan=None, key=None), config) for part in moved.split(2)]
+    assert moved.host is batch.plan
+    away = batch.to("meta").to("meta")  # wherever it is sent from there
+    assert away.host is batch.plan
+    assert torch.equal(away.key.host.ids, batch.key.ids)
+    there = scrl.find_pairs(replace(moved, plan=None), config)
+    parts = [scrl.find_pairs(replace(part, plan=None), config) for part in moved.split(2)]
     for name in ("in_v1", "in_v2", "reads_v1", "reads_v2", "valid"):
         assert torch.equal(getattr(there, name), getattr(here, name))
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(here, name))

@@ -142,8 +142,8 @@ class Model(nn.Module):
     def forward(self, batch: geoaug.Batch, count: Tensor, region_weight: float) -> tuple[Tensor, dict[str, Any]]:
         """Eq. 8; `count` is the step's readable images. Both views are read at the inner one's cells."""
         config, views = self.config, recipe(self.config)
-        plan = batch.host[0] if batch.host is not None else batch.plan
-        key = plan.key  # of the epoch the crops were drawn in, so that colours are replayed with them
+        # Of the epoch the crops were drawn in, so that colours are replayed with them.
+        key = (batch.plan if batch.host is None else batch.host).key
         inner = geoaug.color(batch.images[1], views.colors[1], key.fold(views.draws[1]))
         centre = geoaug.color(batch.images[0], views.colors[2], key.fold(views.draws[2]))
         f1, whole = self.net.features(inner), self.net.features(centre)  # [B, C, h, w]

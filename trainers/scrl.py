@@ -122,7 +122,7 @@ def find_pairs(batch: geoaug.Batch, config: Config) -> Pairs:
 
     Where the plan was made, and then sent to the device as one tensor: there, it would be some hundred launches.
     """
-    plan, key = batch.host or (batch.plan, batch.key)
+    plan, key = batch.plan if batch.host is None else batch.host, batch.key.host
     maps = plan.view_from_source
     v1, v2 = maps[:, 0], maps[:, 1]
 

@@ -25,7 +25,8 @@ class Batch:
     of the source, so `batch.plan.view_from_source[:, v].boxes(batch.boxes)` is where they lie in view v. Unknown labels
     are -1. An instance in `label_map` is counted among its image's objects, crowds left out: its slot, unless there are
     more objects than slots. `plan.key` is at the epoch the views were planned in, `key` at the loader's. A batch sent
-    to a GPU keeps both on the `host`, too: geometry of many small steps is a moment there, and many launches on a GPU.
+    to a GPU keeps its plan on the `host`, too, as its key does its ids: geometry of many small steps is a moment there,
+    and many launches on a GPU.
     """
 
     images: list[UInt8[Tensor, "B 3 _h _w"]]
@@ -38,7 +39,7 @@ class Batch:
     box_labels: Int64[Tensor, "B M"]
     label: Int64[Tensor, " B"]
     label_map: Int64[Tensor, "B _mh _mw"] | None = None
-    host: tuple[Plan, Key] | None = None
+    host: Plan | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -47,11 +48,11 @@ class Batch:
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
-            if hasattr(value, "to"):
+            if hasattr(value, "to") and name != "host":
                 moved[name] = value.to(device, non_blocking=non_blocking)
         moved["images"] = [image.to(device, non_blocking=non_blocking) for image in self.images]
         if self.key.ids.device.type == "cpu":
-            moved["host"] = (self.plan, self.key)
+            moved["host"] = self.plan
         return Batch(**moved)
 
     def split(self, parts: int) -> list[Batch]:
@@ -66,8 +67,7 @@ class Batch:
         taken: dict[str, Any] = {name: None if value is None else value[rows] for name, value in every.items()}
         taken["images"] = [image[rows] for image in self.images]
         if self.host is not None:
-            plan, key = self.host
-            taken["host"] = (plan[rows], key[rows])
+            taken["host"] = self.host[rows]
         return Batch(**taken)
 
     def pin_memory(self) -> Batch:
